@@ -1,0 +1,3 @@
+"""trainrt: a distributed LLM training runtime with fault tolerance."""
+
+__version__ = "0.1.0"
