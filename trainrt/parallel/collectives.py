@@ -1,0 +1,83 @@
+"""Collectives in pairs: each forward beside its backward, the group passed in, every wait recorded.
+
+Legend of shapes: N rows, D model width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainrt.events import ring
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """The name of a mesh axis's group, as events carry it."""
+    return group.group_desc or group.group_name
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, *, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce `x` in place over the group; not differentiable."""
+    with ring.span("all_reduce", kind="collective", bytes=x.nbytes, group=group_name(group), waiting=True):
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Stack the equal-shaped `x` of all ranks along a new first dimension; not differentiable."""
+    out = x.new_empty((group.size(), *x.shape))
+    with ring.span("all_gather", kind="collective", bytes=out.nbytes, group=group_name(group), waiting=True):
+        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
+    return out
+
+
+def exchange_rows(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Uneven all-to-all: the first `send[0]` rows go to rank 0 and so on; not differentiable."""
+    out = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
+    with ring.span("all_to_all", kind="collective", bytes=x_ND.nbytes, group=group_name(group), waiting=True):
+        dist.all_to_all_single(out, x_ND.contiguous(), receive, send, group=group)
+    return out
+
+
+class CopyToGroup(torch.autograd.Function):
+    """Replicated activation into sharded computation: identity forward, all-reduce backward.
+
+    Megatron-LM (arXiv 1909.08053, section 3) calls it f.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0].contiguous().clone(), ctx.group), None
+
+
+class ReduceFromGroup(torch.autograd.Function):
+    """Partial sums to a replicated activation: all-reduce forward, identity backward (Megatron's g)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce(x.contiguous().clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class ExchangeRows(torch.autograd.Function):
+    """Rows to the ranks that compute them; the gradients come back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return exchange_rows(x_ND, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None

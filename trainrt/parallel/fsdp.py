@@ -1,0 +1,88 @@
+"""Sharded data parallelism: FSDP2 around each block, with sums instead of means and every wait recorded.
+
+Losses are sums over tokens and are divided by the global token count once, after the reduction; so
+gradients are summed everywhere, which is right for any mix of dp, fsdp and ep without a factor.
+Replicas (dp) are reduced after the scatter, on the shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import Shard
+
+from trainrt.events import ring
+from trainrt.parallel.collectives import all_reduce, group_name
+from trainrt.parallel.mesh import Groups
+from trainrt.parallel.moe.experts import Experts
+
+
+class _Allocate:
+    """A temporary buffer per call, as FSDP2's own communication does."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class RecordedAllGather(_Allocate, AllGather):
+    """FSDP2's all-gather of a module's parameters, as an event."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        size, name = output_tensor.nbytes, group_name(group)
+        with ring.span("fsdp_all_gather", kind="collective", bytes=size, group=name, waiting=True):
+            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class RecordedReduceScatter(_Allocate, ReduceScatter):
+    """FSDP2's reduce-scatter of a module's gradients, as an event."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        size, name = input_tensor.nbytes, group_name(group)
+        with ring.span("fsdp_reduce_scatter", kind="collective", bytes=size, group=name, waiting=True):
+            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def apply_fsdp(model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *, compute: torch.dtype) -> None:
+    """Shard the experts over efsdp (where they are spread over ep), then each block and the rest over fsdp.
+
+    Parameters stay in their dtype (the masters, where `compute` is lower); gradients are reduced in it.
+    """
+    stored = next(model.parameters()).dtype
+    policy = MixedPrecisionPolicy(param_dtype=compute if compute != stored else None, reduce_dtype=stored)
+    if groups.experts is not None:
+        for module in model.modules():
+            if isinstance(module, Experts):
+                fully_shard(
+                    module, mesh=groups.experts["efsdp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
+                )
+                # Every rank of efsdp * ep took part in the exchange: no replicas are left to reduce over.
+                _configure(module, replicas=None)
+    for block in blocks or ():
+        fully_shard(block, mesh=groups.fsdp, mp_policy=policy)
+        _configure(block, replicas=groups.dp)
+    fully_shard(model, mesh=groups.fsdp, mp_policy=policy)
+    _configure(model, replicas=groups.dp)
+
+
+def _configure(module: nn.Module, *, replicas: dist.ProcessGroup | None) -> None:
+    assert isinstance(module, FSDPModule)
+    module.set_custom_all_gather(RecordedAllGather())
+    module.set_custom_reduce_scatter(RecordedReduceScatter())
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+    if replicas is not None:
+        module.set_all_reduce_hook(lambda gradient: _sum_over(gradient, replicas))
+
+
+def _sum_over(gradient: Tensor, replicas: dist.ProcessGroup) -> None:
+    all_reduce(gradient, replicas)

@@ -1,0 +1,88 @@
+"""The mesh: its axes, who sits where, and the process groups of one rank.
+
+Axes in the order of ranks: pp, dp, fsdp, cp, tp (tp varies fastest). Experts see the same
+dp * fsdp ranks as efsdp * ep, with ep fastest. This is the one place that chooses device and backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainrt.config import MeshSize
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def coordinates(size: MeshSize, rank: int) -> dict[str, int]:
+    """Where a rank sits on each axis, efsdp and ep included. Pure arithmetic, no process group."""
+    where: dict[str, int] = {}
+    rest = rank
+    for axis in ("tp", "cp", "fsdp", "dp", "pp"):
+        rest, where[axis] = divmod(rest, getattr(size, axis))
+    data_rank = where["dp"] * size.fsdp + where["fsdp"]
+    where["efsdp"], where["ep"] = divmod(data_rank, size.ep)
+    return where
+
+
+def axis_size(size: MeshSize, axis: str) -> int:
+    """The length of an axis, efsdp included."""
+    return int(getattr(size, axis))
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` becomes cuda where there is one, else cpu."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def backend_of(device: str) -> str:
+    """The collective backend of a device type. CUDA has gloo beside NCCL for small CPU tensors."""
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The meshes of this rank: `dense` (dp, fsdp, tp) and, with experts spread, `experts` (efsdp, ep)."""
+
+    size: MeshSize
+    device: torch.device
+    dense: DeviceMesh
+    experts: DeviceMesh | None
+
+    @property
+    def fsdp(self) -> DeviceMesh:
+        return self.dense["fsdp"]
+
+    @property
+    def tp(self) -> dist.ProcessGroup | None:
+        """The tensor-parallel group, or None where tp is 1."""
+        return self.dense.get_group("tp") if self.size.tp > 1 else None
+
+    @property
+    def dp(self) -> dist.ProcessGroup | None:
+        """The group of replicas, or None where dp is 1."""
+        return self.dense.get_group("dp") if self.size.dp > 1 else None
+
+    @property
+    def ep(self) -> dist.ProcessGroup | None:
+        """The group over which experts are spread, or None where ep is 1."""
+        return self.experts.get_group("ep") if self.experts is not None else None
+
+
+def make_groups(size: MeshSize, device: torch.device) -> Groups:
+    """Create the process groups of a mesh; every rank of the default group calls this."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    shape = (size.dp, size.fsdp, size.tp)
+    dense = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "fsdp", "tp"))
+    experts = None
+    if size.ep > 1:
+        experts = init_device_mesh(device.type, (size.efsdp, size.ep), mesh_dim_names=("efsdp", "ep"))
+    return Groups(size, device, dense, experts)
