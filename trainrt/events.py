@@ -84,12 +84,12 @@ class EventWriter:
         self._ring = source
         self._epoch = time.time() - time.perf_counter()
 
-    def step(self, step: int) -> None:
-        """Write what the ring holds as the line of `step`."""
+    def step(self, step: int) -> dict[str, float] | None:
+        """Write what the ring holds as the line of `step`; return its three durations for the driver."""
         events = self._ring.drain()
         whole = [event for event in events if event.kind == "step"]
         if not whole:
-            return
+            return None
         start, seconds = whole[-1].start, whole[-1].seconds
         waiting = min(seconds, sum(event.seconds for event in events if event.waiting))
         line = {
@@ -110,6 +110,7 @@ class EventWriter:
             ],
         }  # fmt: skip
         self._file.write(json.dumps(line) + "\n")
+        return {"seconds": seconds, "self_seconds": seconds - waiting, "waiting_seconds": waiting}
 
     def close(self) -> None:
         self._file.close()

@@ -114,7 +114,8 @@ class Block(nn.Module):
         if isinstance(self.mlp, MoeLayer):
             y_BSD, balance, z = self.mlp(normed_BSD)
         else:
-            y_BSD, balance, z = self.mlp(normed_BSD), x_BSD.new_zeros(()), x_BSD.new_zeros(())
+            y_BSD = self.mlp(normed_BSD)
+            balance = z = torch.zeros((), device=x_BSD.device)
         return x_BSD + y_BSD, balance, z
 
 
@@ -140,8 +141,9 @@ class MoeLm(nn.Module):
             x_BSD, balance, z = block(x_BSD)
             balances.append(balance)
             zs.append(z)
+        zero = torch.zeros((), device=x_BSD.device)
         logits_BSV = self.lm_head(self.norm(x_BSD))
-        return LmOutput(logits_BSV, torch.stack(balances).sum(), torch.stack(zs).sum())
+        return LmOutput(logits_BSV, sum(balances, start=zero), sum(zs, start=zero))
 
     @torch.no_grad()
     def initialize(self) -> None:

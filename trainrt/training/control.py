@@ -1,0 +1,50 @@
+"""The worker's line to its agent: JSON lines over one socket, both ways.
+
+A thread reads, so that orders arrive while the interpreter computes: `exit`, and the end of the
+connection, take effect at once; `stop` sets a flag that the step loop shares with all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import threading
+from typing import Any
+
+
+class Control:
+    """Orders in, reports out. Thread-safe."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._sending = threading.Lock()
+        self._starts: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.stop_requested = threading.Event()
+        threading.Thread(target=self._read, name="control", daemon=True).start()
+
+    def _read(self) -> None:
+        with self._socket.makefile("r", encoding="utf-8") as lines:
+            for line in lines:
+                message = json.loads(line)
+                if message["op"] == "start":
+                    self._starts.put(message["spec"])
+                elif message["op"] == "stop":
+                    self.stop_requested.set()
+                elif message["op"] == "exit":
+                    os._exit(0)
+        # The agent is gone: nobody would hear of what this process does.
+        os._exit(1)
+
+    def next_start(self) -> dict[str, Any]:
+        """Wait for the order to run an incarnation; of several only the latest counts."""
+        spec = self._starts.get()
+        while not self._starts.empty():
+            spec = self._starts.get()
+        return spec
+
+    def send(self, op: str, **fields: Any) -> None:
+        data = json.dumps({"op": op, **fields}).encode() + b"\n"
+        with self._sending:
+            self._socket.sendall(data)

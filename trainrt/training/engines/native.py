@@ -1,0 +1,278 @@
+"""The native engine: a model on a mesh, forward, backward, reduce, clip, step.
+
+Leaves (logical shards) are computed one at a time, gradients of *sums* accumulate, and one gather of
+a few numbers a step gives every rank the global token count, the true gradient norm over all meshes,
+and every leaf's loss. Then each rank scales and updates its own shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from trainrt.config import JobConfig
+from trainrt.events import ring
+from trainrt.parallel.collectives import all_gather
+from trainrt.parallel.fsdp import apply_fsdp
+from trainrt.parallel.mesh import Groups, coordinates
+from trainrt.parallel.plan import Plan
+from trainrt.parallel.planner.rules import find_blocks, find_splits
+from trainrt.parallel.tensor import apply_expert_parallel, apply_tensor_parallel
+from trainrt.training.models.build import compute_dtype
+from trainrt.training.objectives import Loss, LossFunction, evaluate_loss
+from trainrt.training.optimizer import STATE_ROLES, learning_rate, make_optimizer
+
+
+def parallelize(model: nn.Module, groups: Groups, *, config: JobConfig) -> nn.Module:
+    """Tensor parallel -> expert parallel -> activation checkpointing -> FSDP, in that order."""
+    blocks = find_blocks(model)
+    splits = find_splits(model, groups.size)
+    if groups.size.tp > 1:
+        apply_tensor_parallel(model, splits, groups.dense["tp"])
+    if groups.experts is not None:
+        apply_expert_parallel(model, splits, groups.experts["ep"])
+    if config.model.activation_checkpointing:
+        for block in blocks or ():
+            checkpoint(block)
+    apply_fsdp(model, blocks, groups, compute=compute_dtype(config))
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step came to, equal on all ranks. Losses are means over the global batch's weight."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    auxiliary: dict[str, float]
+    leaf_digests: list[int]
+    updated: bool
+    stop: bool
+
+
+@dataclass(slots=True)
+class LeafResult:
+    """What one logical shard adds to the step, as numbers that travel in float64."""
+
+    loss: float
+    weight: float
+    auxiliary: dict[str, float]
+    digest: int
+
+
+class NativeEngine:
+    """The model and its optimizer on this rank. `leaves`: logical shards of a step, over all ranks."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, groups: Groups, *, config: JobConfig, loss: LossFunction, rank: int
+    ) -> None:
+        self.plan, self.groups, self.config, self.rank = plan, groups, config, rank
+        self.loss = loss
+        self.model = parallelize(model, groups, config=config)
+        self.where = coordinates(plan.mesh, rank)
+        self.data_rank = self.where["dp"] * plan.mesh.fsdp + self.where["fsdp"]
+        self.sharded = dict(self.model.named_parameters())
+        self.local = {name: _share(parameter) for name, parameter in self.sharded.items() if parameter.requires_grad}
+        self._check_plan()
+        shapes = {parameter.name: parameter.shape for parameter in plan.parameters}
+        self.optimizer = make_optimizer(config, self.local, shapes)
+        self._primary = {p.name: p.primary(plan.mesh, rank) for p in plan.parameters}
+
+    def _check_plan(self) -> None:
+        """The plan is the one notion of who holds what: what the engine made must be just that."""
+        for parameter in self.plan.parameters:
+            if parameter.name in self.local:
+                made, planned = tuple(self.local[parameter.name].shape), parameter.box(self.plan.mesh, self.rank).length
+                if made != planned and math.prod(made) + math.prod(planned) > 0:
+                    raise RuntimeError(f"{parameter.name}: the engine holds {made}, the plan says {planned}")
+
+    def rounds(self, leaves: int) -> int:
+        """Forward and backward passes a rank makes a step; a rank without a leaf runs one of weight zero."""
+        return math.ceil(leaves / self.plan.mesh.data_ranks)
+
+    def leaf_of(self, turn: int, leaves: int) -> int | None:
+        """The logical shard this rank computes in a round, or None for a dummy."""
+        leaf = turn * self.plan.mesh.data_ranks + self.data_rank
+        return leaf if leaf < leaves else None
+
+    def step(
+        self, step: int, batches: Sequence[tuple[Mapping[str, Any], int]], *, leaves: int, steps: int, stop: bool = False
+    ) -> StepResult:
+        """One optimizer step. `batches`: (batch, digest) for each round of this rank; a dummy repeats a batch.
+
+        `stop` asks all ranks to end after this step; the result says whether any did.
+        """
+        self.model.train()
+        results = [self._leaf(step, turn, batches, leaves) for turn in range(len(batches))]
+        gradients = self._gradients()
+        names = sorted(results[0].auxiliary)
+        numbers = self._gather(results, names, gradients, stop)
+        losses, weights = numbers.column("loss", leaves), numbers.column("weight", leaves)
+        total = sum(weights)
+        norm = math.sqrt(numbers.norm_squared) / total if total else math.nan
+        loss = sum(losses) / total if total else math.nan
+        rate = learning_rate(self.config.optimizer, step=step, steps=steps)
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            self._update(gradients, rate, total=total, norm=norm)
+        self.model.zero_grad()
+        auxiliary = {
+            name: sum(a * w for a, w in zip(numbers.column(name, leaves), weights, strict=True)) / total for name in names
+        } if finite else {}  # fmt: skip
+        return StepResult(
+            loss=loss, grad_norm=norm, learning_rate=rate, tokens=round(total), auxiliary=auxiliary,
+            leaf_digests=numbers.digests(leaves), updated=finite, stop=numbers.stop,
+        )  # fmt: skip
+
+    def _leaf(self, step: int, turn: int, batches: Sequence[tuple[Mapping[str, Any], int]], leaves: int) -> LeafResult:
+        leaf = self.leaf_of(turn, leaves)
+        batch, digest = batches[turn]
+        self._synchronize(turn == len(batches) - 1)
+        # Dropout and the like depend on the leaf, not on who computes it (DESIGN section 6).
+        torch.manual_seed(hash((self.config.run.seed, step, leaf if leaf is not None else -1)) & 0x7FFFFFFF)
+        with ring.span("forward", kind="forward"):
+            loss = evaluate_loss(self.loss, self.model, batch)
+        total = loss.total()
+        with ring.span("backward", kind="backward"):
+            (total if leaf is not None else total * 0.0).backward()
+        return _numbers(loss, digest) if leaf is not None else LeafResult(0.0, 0.0, _numbers(loss, 0).auxiliary, 0)
+
+    def _synchronize(self, last: bool) -> None:
+        """Reduce gradients in the last round only; before, they accumulate where they are."""
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The reduced local gradients (of the sum of losses); zeros where a parameter took no part."""
+        found = {}
+        for name, tensor in self.local.items():
+            gradient = self.sharded[name].grad
+            found[name] = torch.zeros_like(tensor) if gradient is None else _local(gradient)
+        return found
+
+    def _update(self, gradients: dict[str, Tensor], rate: float, *, total: float, norm: float) -> None:
+        clip = self.config.optimizer.clip
+        scale = (min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / total
+        with ring.span("optimizer", kind="optimizer"):
+            torch._foreach_mul_(list(gradients.values()), scale)
+            for name, tensor in self.local.items():
+                tensor.grad = gradients[name]
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def _gather(
+        self, results: list[LeafResult], names: list[str], gradients: dict[str, Tensor], stop: bool
+    ) -> _Gathered:
+        """The step's one gather of numbers: (ranks, 2 + rounds * columns) of float64."""
+        norms = torch._foreach_norm(
+            [g for name, g in gradients.items() if self._primary[name] and g.numel()], 2, dtype=torch.float64
+        )
+        squared = sum((norm.cpu().square() for norm in norms), start=torch.zeros((), dtype=torch.float64))
+        rows = [float(squared), float(stop)]
+        for result in results:
+            rows += [result.loss, result.weight, float(result.digest >> 32), float(result.digest & 0xFFFFFFFF)]
+            rows += [result.auxiliary[name] for name in names]
+        mine = torch.tensor(rows, dtype=torch.float64, device=self.groups.device)
+        with ring.span("gather_statistics", kind="other"):
+            table = all_gather(mine, torch.distributed.group.WORLD).cpu()
+        return _Gathered(table, names, self.plan)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[tuple[Mapping[str, Any], bool]]) -> float:
+        """Mean loss over the validation batches of all ranks; `bool` is False for a dummy."""
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        with ring.span("evaluation", kind="evaluation"):
+            for batch, counts in batches:
+                loss = evaluate_loss(self.loss, self.model, batch)
+                if counts and self.where["tp"] == 0:
+                    sums += torch.stack((loss.sum.double(), loss.weight.double()))
+            total = all_gather(sums, torch.distributed.group.WORLD).sum(0)
+        return float(total[0] / total[1])
+
+    # The state, as named local tensors: what snapshots pack and restores fill.
+
+    def roles(self) -> list[tuple[str, str | None]]:
+        """(role, dtype) of what is kept of each trainable parameter; None: the stored dtype."""
+        compute = self.config.model.dtype
+        weights: list[tuple[str, str | None]] = [("parameter", None)]
+        if compute == "bfloat16":
+            weights = [("parameter", "bfloat16"), ("master", None)]
+        return [*weights, *((role, None) for role in STATE_ROLES)]
+
+    def tensor(self, name: str, role: str) -> Tensor:
+        """The live local tensor of a (parameter or buffer, role)."""
+        if role == "buffer":
+            return self.model.get_buffer(name)
+        if role in ("parameter", "master"):
+            return self.local[name] if name in self.local else _share(self.sharded[name])
+        return self.optimizer.state[self.local[name]][role]
+
+    @property
+    def updates(self) -> int:
+        """How often the parameters were updated (Adam's step)."""
+        return int(next(iter(self.optimizer.state.values()))["step"].item())
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(value))
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """The gathered numbers, read by leaf: round `l // n` of data rank `l % n`, from its tp rank 0."""
+
+    table: Tensor
+    names: list[str]
+    plan: Plan
+
+    @property
+    def norm_squared(self) -> float:
+        # One rank after the other, so that the sum has one order.
+        return sum(self.table[:, 0].tolist())
+
+    @property
+    def stop(self) -> bool:
+        return bool(self.table[:, 1].any())
+
+    def _entry(self, leaf: int, column: int) -> float:
+        mesh = self.plan.mesh
+        turn, data_rank = divmod(leaf, mesh.data_ranks)
+        width = 4 + len(self.names)
+        return float(self.table[data_rank * mesh.tp, 2 + turn * width + column])
+
+    def column(self, name: str, leaves: int) -> list[float]:
+        index = {"loss": 0, "weight": 1}.get(name)
+        index = 4 + self.names.index(name) if index is None else index
+        return [self._entry(leaf, index) for leaf in range(leaves)]
+
+    def digests(self, leaves: int) -> list[int]:
+        return [int(self._entry(leaf, 2)) << 32 | int(self._entry(leaf, 3)) for leaf in range(leaves)]
+
+
+def _numbers(loss: Loss, digest: int) -> LeafResult:
+    auxiliary = {name: float(mean.detach()) for name, (mean, _) in loss.auxiliary.items()}
+    return LeafResult(float(loss.sum.detach()), float(loss.weight), auxiliary, digest)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _share(parameter: Tensor) -> nn.Parameter:
+    """A plain parameter over the memory of a sharded one."""
+    return nn.Parameter(_local(parameter).detach(), requires_grad=parameter.requires_grad)

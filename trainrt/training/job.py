@@ -1,0 +1,167 @@
+"""A job on one rank: everything the step loop needs, built in the order in which it depends on each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainrt.checkpoint.source import Source
+from trainrt.checkpoint.store.client import SnapshotClient, open_generation
+from trainrt.checkpoint.universal import Universal
+from trainrt.config import JobConfig, MeshSize, load
+from trainrt.errors import CheckpointError
+from trainrt.events import EventWriter
+from trainrt.parallel.mesh import Groups, make_groups
+from trainrt.parallel.plan import Plan
+from trainrt.run_dir import RunDir
+from trainrt.training.data import collate, open_corpus
+from trainrt.training.engines.native import NativeEngine
+from trainrt.training.manifest import constant_metadata
+from trainrt.training.models.build import build
+from trainrt.training.pipeline import Pipeline, SampleSource, load_pipeline, loss_function
+from trainrt.training.planning import make_plan, meta_model
+from trainrt.training.state import Snapshotter, restore
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """The orders for one rank of one incarnation, as the agent sends them."""
+
+    run_dir: str
+    run_id: str
+    token: str
+    incarnation: int
+    rank: int
+    world_size: int
+    local_rank: int
+    node: str
+    rendezvous: str
+    mesh: dict[str, int]
+    store: dict[str, str] | None
+    stores: dict[str, str]
+    restore: dict[str, Any]
+    device: str
+    steps: int
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> Spec:
+        return cls(**{field.name: message[field.name] for field in fields(cls)})
+
+
+@dataclass(slots=True)
+class Job:
+    """One rank's part of a job. `done` is the last optimizer step that the state includes."""
+
+    spec: Spec
+    config: JobConfig
+    run_dir: RunDir
+    pipeline: Pipeline
+    plan: Plan
+    engine: NativeEngine
+    train: SampleSource
+    validation: SampleSource | None
+    corpus_digest: str | None
+    snapshotter: Snapshotter
+    store: SnapshotClient | None
+    events: EventWriter
+    done: int
+    constants: dict[str, Any]
+
+    @classmethod
+    def build(cls, spec: Spec, *, report: Callable[..., None]) -> Job:
+        """Plan, model, engine, data, store, state. `report` gets a phase with its seconds."""
+        run_dir = RunDir(spec.run_dir)
+        config = load(run_dir.config)
+        clock = _Phases(report)
+        pipeline = load_pipeline(config)
+        meta = meta_model(config, pipeline)
+        plan = make_plan(config, world_size=spec.world_size, model=meta, mesh=MeshSize(**spec.mesh))
+        groups = make_groups(plan.mesh, device_of(spec))
+        source = open_state(spec)
+        model = pipeline.model() if pipeline.model is not None else build(config, fresh=source is None)
+        engine = NativeEngine(model, plan, groups, config=config, loss=loss_function(config, pipeline), rank=spec.rank)
+        clock.phase("model")
+        train, validation, digest = open_samples(config, pipeline)
+        clock.phase("data")
+        done = 0
+        if source is not None:
+            restore(engine, source)
+            done, engine.updates = progress_of(source)
+        snapshotter = Snapshotter(engine)
+        store = connect_store(spec, snapshotter)
+        clock.phase("restore")
+        events = EventWriter(
+            run_dir.events_of(spec.rank), rank=spec.rank, node=spec.node, incarnation=spec.incarnation
+        )
+        constants = constant_metadata(spec.run_id, config, pipeline=pipeline, plan=plan)
+        return cls(
+            spec=spec, constants=constants, config=config, run_dir=run_dir, pipeline=pipeline, plan=plan, engine=engine, train=train,
+            validation=validation, corpus_digest=digest, snapshotter=snapshotter, store=store, events=events, done=done,
+        )  # fmt: skip
+
+    @property
+    def groups(self) -> Groups:
+        return self.engine.groups
+
+    def collate(self, samples: list[Any]) -> dict[str, torch.Tensor]:
+        return (self.pipeline.collate or collate)(samples)
+
+
+class _Phases:
+    def __init__(self, report: Callable[..., None]) -> None:
+        self._report, self._last = report, time.perf_counter()
+
+    def phase(self, name: str) -> None:
+        now = time.perf_counter()
+        self._report("phase", name=name, seconds=now - self._last)
+        self._last = now
+
+
+def device_of(spec: Spec) -> torch.device:
+    return torch.device("cuda", spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
+
+
+def open_samples(config: JobConfig, pipeline: Pipeline) -> tuple[SampleSource, SampleSource | None, str | None]:
+    """Training and validation samples, and the digest of the corpus where it is ours."""
+    if pipeline.samples is not None:
+        return pipeline.samples(), None, None
+    corpus = open_corpus(config.data)
+    return corpus.train, corpus.validation if len(corpus.validation) else None, corpus.digest
+
+
+def open_state(spec: Spec) -> Source | None:
+    """Where this incarnation's state comes from: a generation in memory, a checkpoint, or nowhere."""
+    origin = spec.restore["from"]
+    if origin == "none":
+        return None
+    if origin == "disk":
+        return Universal.open(Path(spec.restore["path"]))
+    if spec.store is None:
+        raise CheckpointError("restore from memory was ordered, but this node has no store")
+    return open_generation(
+        spec.restore["step"], spec.stores, node=spec.node, socket=spec.store["socket"], token=spec.token
+    )
+
+
+def progress_of(source: Any) -> tuple[int, int]:
+    """(steps done, updates of the parameters) as the state's metadata says."""
+    if isinstance(source, Universal):
+        manifest = source.manifest
+        return manifest["step"], max(manifest["optimizer"]["steps"].values(), default=0)
+    return source.metadata["step"], source.metadata["updates"]
+
+
+def connect_store(spec: Spec, snapshotter: Snapshotter) -> SnapshotClient | None:
+    """The node's store, told what this rank's snapshots hold."""
+    if spec.store is None:
+        return None
+    client = SnapshotClient(
+        spec.store["socket"], run_id=spec.run_id, incarnation=spec.incarnation, rank=spec.rank, token=spec.token
+    )
+    client.describe(snapshotter.layout, snapshotter.bytes)
+    return client

@@ -1,0 +1,214 @@
+"""The step loop: data, engine, snapshot, metrics. The shortest account of what training is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from trainrt.errors import NonFinite
+from trainrt.events import ring
+from trainrt.parallel.cost import PEAK_FLOPS, flops_per_token
+from trainrt.training.control import Control
+from trainrt.training.data import digest_batch, logical_shards, sample_ids
+from trainrt.training.engines.native import StepResult
+from trainrt.training.job import Job
+from trainrt.training.manifest import step_metadata
+from trainrt.training.planning import work_of
+
+COMMIT_TIMEOUT_SECONDS = 60.0
+CHECKPOINT_TIMEOUT_SECONDS = 3600.0
+
+
+@dataclass(slots=True)
+class Stall:
+    """What a snapshot cost the trainer: seconds blocked, and whether a checkpoint is being written from it."""
+
+    seconds: float = 0.0
+    checkpoint: bool = False
+
+
+def run(job: Job, control: Control) -> dict[str, Any]:
+    """Train from `job.done` to the last step, or until some rank was asked to stop. Returns the outcome.
+
+    Every end leaves a checkpoint of the last step. Raises NonFinite, PeerLost, and what the user's code raises.
+    """
+    meter = Meter(job)
+    first = time.perf_counter()
+    outcome, step = "finished", job.done
+    while step < job.spec.steps:
+        step += 1
+        try:
+            result, stall, seconds = train_step(job, step, stop=control.stop_requested.is_set())
+        except Exception as error:
+            error.step = step  # type: ignore[attr-defined]
+            raise
+        job.done = step
+        if first:
+            control.send("phase", name="first_step", seconds=time.perf_counter() - first)
+            first = 0.0
+        ending = result.stop or step == job.spec.steps
+        validation = evaluate(job) if _evaluates(job, step, ending) else None
+        report(job, control, meter, step, result=result, stall=stall, seconds=seconds, validation=validation)
+        if result.stop and step < job.spec.steps:
+            outcome = "interrupted"
+            break
+    path = final_checkpoint(job, step)
+    job.events.close()
+    return {"outcome": outcome, "step": step, "checkpoint": path}
+
+
+def train_step(job: Job, step: int, *, stop: bool) -> tuple[StepResult, Stall, float]:
+    """One optimizer step and its snapshot. Returns the result, the snapshot's stall and the step's seconds."""
+    start = time.perf_counter()
+    with ring.span("step", kind="step"):
+        with ring.span("data", kind="data"):
+            batches = step_batches(job, step)
+        leaves = job.config.data.global_batch // job.config.data.microbatch
+        result = job.engine.step(step, batches, leaves=leaves, steps=job.spec.steps, stop=stop)
+        if not result.updated and job.config.optimizer.non_finite == "stop":
+            raise NonFinite(
+                f"step {step}: loss = {result.loss}, grad_norm = {result.grad_norm}; the state of step {step - 1} "
+                'is kept (optimizer.non_finite = "skip" leaves such steps out)'
+            )
+        ending = result.stop or step == job.spec.steps
+        stall = snapshot(job, step, ending=ending)
+    return result, stall, time.perf_counter() - start
+
+
+def step_batches(job: Job, step: int) -> list[tuple[dict[str, torch.Tensor], int]]:
+    """This rank's batches of a step, one a round, each with its digest. A rank without a leaf repeats leaf 0's."""
+    data = job.config.data
+    shards = logical_shards(
+        job.config.run.seed, step - 1, global_batch=data.global_batch, microbatch=data.microbatch, length=len(job.train)
+    )
+    batches = []
+    for turn in range(job.engine.rounds(len(shards))):
+        leaf = job.engine.leaf_of(turn, len(shards))
+        batch = job.collate([job.train[int(index)] for index in shards[leaf if leaf is not None else 0]])
+        digest = digest_batch(batch)
+        batches.append(({key: value.to(job.groups.device) for key, value in batch.items()}, digest))
+    return batches
+
+
+def snapshot(job: Job, step: int, *, ending: bool) -> Stall:
+    """Copy the state to the node's store, if this step is one for it. The store commits it beside the next step."""
+    every, checkpoints = job.config.snapshot.every, job.config.checkpoint.every
+    checkpoint = ending or (checkpoints > 0 and step % checkpoints == 0)
+    if job.store is None or not (checkpoint or (every and step % every == 0)):
+        return Stall()
+    start = time.perf_counter()
+    with ring.span("snapshot", kind="snapshot", bytes=job.snapshotter.bytes):
+        with ring.span("wait_commit", kind="snapshot", waiting=True):
+            job.store.wait_committed(COMMIT_TIMEOUT_SECONDS)
+        buffer = job.store.begin(step, checkpoint=checkpoint)
+        if buffer is not None:
+            job.snapshotter.copy_into(buffer)
+            job.store.seal(step, metadata=metadata_of(job, step), checkpoint=checkpoint)
+    return Stall(time.perf_counter() - start, checkpoint)
+
+
+def metadata_of(job: Job, step: int) -> dict[str, Any] | None:
+    """What the generation of `step` says of itself; one rank says it for all."""
+    if job.spec.rank != 0:
+        return None
+    changing = step_metadata(job.engine, step, steps=job.spec.steps, corpus_digest=job.corpus_digest)
+    return {**job.constants, **changing}
+
+
+def final_checkpoint(job: Job, step: int) -> str | None:
+    """Wait for the checkpoint that the last step asked for; where training had nothing left to do, none is new."""
+    if job.store is None:
+        return None
+    folder = job.run_dir.checkpoint(step)
+    if folder.exists():
+        return str(folder)
+    job.store.wait_committed(COMMIT_TIMEOUT_SECONDS)
+    return str(job.store.wait_checkpoint(step, CHECKPOINT_TIMEOUT_SECONDS))
+
+
+def _evaluates(job: Job, step: int, ending: bool) -> bool:
+    every = job.config.evaluation.every
+    return job.validation is not None and job.config.evaluation.samples > 0 and (ending or (every > 0 and step % every == 0))
+
+
+def evaluate(job: Job) -> float:
+    """Mean loss over the first samples of the validation split; the same samples on any mesh."""
+    assert job.validation is not None
+    data, validation = job.config.data, job.validation
+    count = min(job.config.evaluation.samples, len(validation))
+    ids = sample_ids(job.config.run.seed, 0, global_batch=count, length=len(validation))
+    groups = [ids[at : at + data.microbatch] for at in range(0, count, data.microbatch)]
+    batches = []
+    for turn in range(job.engine.rounds(len(groups))):
+        leaf = job.engine.leaf_of(turn, len(groups))
+        batch = job.collate([validation[int(index)] for index in groups[leaf if leaf is not None else 0]])
+        batches.append(({key: value.to(job.groups.device) for key, value in batch.items()}, leaf is not None))
+    return job.engine.evaluate(batches)
+
+
+class Meter:
+    """Model operations and the peak they are held against, for MFU."""
+
+    def __init__(self, job: Job) -> None:
+        work = work_of(job.config, job.engine.model)
+        active = sum(_elements(p.shape) for p in job.plan.parameters if not p.buffer) * work.active_fraction
+        self.flops = flops_per_token(
+            round(active), layers=work.layers, hidden_size=work.hidden_size, sequence_length=work.sequence_length
+        )
+        device = job.groups.device
+        name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower()
+        self.peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), PEAK_FLOPS["h100"])
+        self.ranks = job.spec.world_size
+
+    def mfu(self, tokens_per_second: float) -> float:
+        """The share of the devices' peak that model operations make up (PaLM, arXiv 2204.02311, appendix B)."""
+        return tokens_per_second * self.flops / (self.peak * self.ranks)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def report(
+    job: Job, control: Control, meter: Meter, step: int, *,
+    result: StepResult, stall: Stall, seconds: float, validation: float | None,
+) -> None:  # fmt: skip
+    """The step's line of events, its summary for the driver, and from rank 0 the metrics line."""
+    summary = job.events.step(step)
+    if summary is not None:
+        control.send("step", rank=job.spec.rank, step=step, **summary)
+    if job.spec.rank != 0:
+        return
+    if not result.updated:
+        control.send("incident", incident=_skipped(step, result))
+    rate = result.tokens / seconds
+    line = {
+        "step": step, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate,
+        "tokens": result.tokens, "step_seconds": seconds, "tokens_per_second": rate, "mfu": meter.mfu(rate),
+        "snapshot_stall_seconds": stall.seconds, "snapshots_skipped": job.store.skipped if job.store else 0,
+        "samples_digest": samples_digest(result.leaf_digests), "incarnation": job.spec.incarnation,
+        "world_size": job.spec.world_size, "time": time.time(), **result.auxiliary,
+    }  # fmt: skip
+    if validation is not None:
+        line["validation_loss"] = validation
+    control.send("metrics", line=line)
+
+
+def samples_digest(leaf_digests: list[int]) -> str:
+    """One digest of all samples of a step, in the order of the logical shards: equal on any mesh."""
+    return xxhash.xxh3_64_hexdigest(b"".join(digest.to_bytes(8, "little") for digest in leaf_digests))
+
+
+def _skipped(step: int, result: StepResult) -> dict[str, Any]:
+    return {
+        "kind": "non_finite", "ranks": [], "nodes": [], "step": step, "detected_seconds": 0.0,
+        "recovered_seconds": None, "steps_lost": 0, "restored_from": "none", "action": "skip",
+        "message": f"loss = {result.loss}, grad_norm = {result.grad_norm}: the update of step {step} was left out",
+    }  # fmt: skip

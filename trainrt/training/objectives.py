@@ -1,0 +1,66 @@
+"""Objectives: what a batch costs, as a sum and the weight to divide it by.
+
+Sums, not means: the mean over the global batch is taken once, whatever the mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainrt.config import JobConfig
+from trainrt.training.models.moe_lm import LmOutput
+
+
+class Loss(NamedTuple):
+    """Sum of losses, weight (tokens), and auxiliary terms: name -> (mean over the weight, coefficient)."""
+
+    sum: Tensor
+    weight: Tensor
+    auxiliary: Mapping[str, tuple[Tensor, float]] = {}
+
+    def total(self) -> Tensor:
+        """What is differentiated: the sum and, per token, the auxiliary terms."""
+        total = self.sum
+        for mean, coefficient in self.auxiliary.values():
+            total = total + coefficient * mean * self.weight
+        return total
+
+
+LossFunction = Callable[[nn.Module, Mapping[str, Any]], Any]
+
+
+def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of token losses in fp32 at least, and the number of labels that are not -100."""
+    precise = torch.promote_types(logits_BSV.dtype, torch.float32)
+    logits = logits_BSV.flatten(0, 1).to(precise)
+    loss = F.cross_entropy(logits, labels_BS.flatten(), ignore_index=-100, reduction="sum")
+    return loss, (labels_BS != -100).sum().to(precise)
+
+
+def causal(config: JobConfig) -> LossFunction:
+    """Next-token prediction; labels come shifted from the data. Adds the router's losses of `moe_lm`."""
+    moe = config.moe
+
+    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
+        if config.model.kind == "huggingface":
+            logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+            return Loss(*cross_entropy_sum(logits, batch["labels"]))
+        output: LmOutput = model(batch["input_ids"])
+        auxiliary = {"balance_loss": (output.balance, moe.balance_loss), "z_loss": (output.z, moe.z_loss)}
+        return Loss(*cross_entropy_sum(output.logits, batch["labels"]), auxiliary)
+
+    return loss
+
+
+def evaluate_loss(function: LossFunction, model: nn.Module, batch: Mapping[str, Any]) -> Loss:
+    """Call a loss function, ours or a user's (sum, weight)."""
+    result = function(model, batch)
+    if isinstance(result, Loss):
+        return result
+    total, weight = result
+    return Loss(total, torch.as_tensor(weight, dtype=torch.float64, device=total.device))

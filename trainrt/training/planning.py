@@ -1,0 +1,226 @@
+"""Before anything starts: the plan of a job, and every check that needs the model or the corpus."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainrt.config import JobConfig, MeshSize
+from trainrt.errors import ConfigError, ModelError, PlanError, nearest
+from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
+from trainrt.parallel.mesh import choose_device
+from trainrt.parallel.plan import Plan
+from trainrt.parallel.planner.derive import derive
+from trainrt.parallel.planner.rules import find_blocks
+from trainrt.parallel.search import assess, choose
+from trainrt.training.data import Corpus, open_corpus
+from trainrt.training.models.build import build_meta, stored_dtype, weight_files
+from trainrt.training.models.packing import packed_parts
+from trainrt.training.pipeline import Pipeline, load_pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What is known of a job before its first process: the plan, and facts of the corpus (None: a user's)."""
+
+    plan: Plan
+    corpus_digest: str | None
+    unigram_entropy: float | None
+
+
+def preflight(config: JobConfig, *, world_size: int) -> Preflight:
+    """Plan the job and check model, weights and corpus against the config. Raises UserErrors only."""
+    pipeline = load_pipeline(config)
+    model = meta_model(config, pipeline)
+    plan = make_plan(config, world_size=world_size, model=model)
+    check_weights(config, plan)
+    if pipeline.samples is not None:
+        return Preflight(plan, None, None)
+    corpus = open_corpus(config.data)
+    check_vocabulary(config, corpus, model)
+    return Preflight(plan, corpus.digest, corpus.unigram_entropy)
+
+
+def meta_model(config: JobConfig, pipeline: Pipeline) -> nn.Module:
+    """The model without storage, the user's or the config's."""
+    if pipeline.model is None:
+        return build_meta(config)
+    with torch.device("meta"):
+        return pipeline.model().to(stored_dtype(config))
+
+
+def make_plan(
+    config: JobConfig, *, world_size: int, model: nn.Module | None = None, device: str | None = None,
+    mesh: MeshSize | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for `world_size` ranks: the explicit mesh, shrunk where it has to be, or the best found.
+
+    `mesh` overrides the config's. Raises PlanError where nothing fits.
+    """
+    model = model if model is not None else meta_model(config, load_pipeline(config))
+    parts = packed_parts(model) if config.model.kind == "huggingface" and hasattr(model, "config") else {}
+    profile = device_of(device or _device_name(config))
+    work = work_of(config, model)
+    size = mesh or config.mesh()
+    if size is None:
+        return choose(lambda candidate: derive(model, candidate, parts=parts), world_size, work, profile)
+    if size.world_size != world_size:
+        size = shrink(size, world_size)
+    return assess(derive(model, size, parts=parts), work, profile)
+
+
+def shrink(size: MeshSize, world_size: int) -> MeshSize:
+    """The same mesh with fewer fsdp ranks, then fewer replicas; tp, cp, pp and ep stay. Raises PlanError."""
+    fixed = size.pp * size.cp * size.tp
+    data, rest = divmod(world_size, fixed)
+    if rest or data == 0 or data % size.ep:
+        raise PlanError(
+            f"{world_size} ranks cannot carry tp = {size.tp}, ep = {size.ep}: needs a multiple of {fixed * size.ep}"
+        )
+    dp = max(d for d in range(1, size.dp + 1) if data % d == 0)
+    return MeshSize(pp=size.pp, dp=dp, fsdp=data // dp, cp=size.cp, tp=size.tp, ep=size.ep)
+
+
+def plan_command(config: JobConfig, *, mesh: str | None, device: str | None, verify: bool) -> Plan:
+    """`trainrt plan`: the plan of a job without running it. `mesh` is text such as "tp=2,fsdp=2".
+
+    There is no verifier yet, so `verify` asks for nothing.
+    """
+    if device is not None and device not in PEAK_FLOPS:
+        raise ConfigError(f"--device {device}{nearest(device, PEAK_FLOPS)}; allowed: {', '.join(sorted(PEAK_FLOPS))}")
+    size = parse_mesh(mesh) if mesh else None
+    world_size = size.world_size if size else config.world_size
+    return make_plan(config, world_size=world_size, device=device, mesh=size)
+
+
+def parse_mesh(text: str) -> MeshSize:
+    """ "tp=2,fsdp=2" as a mesh; what is left out is 1. Raises ConfigError."""
+    axes = ("pp", "dp", "fsdp", "cp", "tp", "ep")
+    given: dict[str, int] = {}
+    for entry in text.split(","):
+        axis, _, value = entry.strip().partition("=")
+        if axis not in axes:
+            raise ConfigError(f"--mesh {text}: {axis!r} is no axis{nearest(axis, axes)}; allowed: {', '.join(axes)}")
+        if not value.isdigit() or int(value) < 1:
+            raise ConfigError(f"--mesh {text}: {axis} = {value!r}; allowed: a whole number from 1")
+        given[axis] = int(value)
+    return MeshSize(**{axis: given.get(axis, 1) for axis in axes})
+
+
+def work_of(config: JobConfig, model: nn.Module) -> Work:
+    """The size of a step, for the cost model."""
+    blocks = find_blocks(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Work(
+        global_batch=config.data.global_batch,
+        microbatch=config.data.microbatch,
+        sequence_length=config.data.sequence_length,
+        layers=len(blocks) if blocks is not None else 1,
+        hidden_size=_hidden_size(config, model),
+        active_fraction=active_parameters(model) / max(total, 1),
+        compute_dtype=config.model.dtype,
+    )
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters a token meets: of expert weights (stacked, three-dimensional) the chosen share."""
+    model_config = getattr(model, "config", None)
+    experts = getattr(model_config, "num_local_experts", None) or getattr(model_config, "num_experts", None)
+    chosen = getattr(model_config, "num_experts_per_tok", None)
+    active = 0.0
+    for module in model.modules():
+        top_k, number = getattr(module, "top_k", None), getattr(module, "number_of_experts", None)
+        if top_k and number:
+            experts, chosen = number, top_k
+    for parameter in model.parameters():
+        share = chosen / experts if parameter.dim() == 3 and experts and chosen else 1.0
+        active += parameter.numel() * share
+    return round(active)
+
+
+def _hidden_size(config: JobConfig, model: nn.Module) -> int:
+    if config.model.kind == "moe_lm":
+        return config.moe_lm.hidden_size
+    return int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
+
+
+def _device_name(config: JobConfig) -> str:
+    """The cost model's profile of the device the job runs on; an unknown GPU is taken for an H100."""
+    if choose_device(config.cluster.device) == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name().lower()
+    return next((known for known in PEAK_FLOPS if known in name), "h100")
+
+
+def check_vocabulary(config: JobConfig, corpus: Corpus, model: nn.Module) -> None:
+    """The model's vocabulary must hold the tokenizer's. Raises ConfigError."""
+    if config.model.kind == "moe_lm":
+        key, size = "model.config.vocab_size", config.moe_lm.vocab_size
+    else:
+        key, size = "the model's vocab_size", int(getattr(getattr(model, "config", None), "vocab_size", 1 << 62))
+    if size < corpus.vocabulary_size:
+        raise ConfigError(
+            f"{key} = {size} is smaller than the {corpus.vocabulary_size} tokens of "
+            f"data.tokenizer = {config.data.tokenizer}; allowed: at least {corpus.vocabulary_size}"
+        )
+
+
+def check_weights(config: JobConfig, plan: Plan) -> None:
+    """A model directory's weight files against the plan: whole, complete, of the right shapes. Reads headers only."""
+    files = weight_files(config)
+    directory = config.model.config
+    if config.model.kind != "huggingface" or not isinstance(directory, str):
+        return
+    index = Path(directory) / "model.safetensors.index.json"
+    if index.exists():
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in named if not (Path(directory) / name).exists()]
+        if missing:
+            raise ModelError(f"model.config = {directory}: {missing[0]} is named in {index.name} but missing")
+    if not files:
+        if list(Path(directory).glob("*.bin")):
+            raise ModelError(f"model.config = {directory}: pickled weights (*.bin) are not read; allowed: *.safetensors")
+        return
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        found.update(safetensors_shapes(file))
+    for parameter in plan.parameters:
+        for part in parameter.parts:
+            _check_shape(directory, part.name, part.shape, found)
+
+
+def _check_shape(directory: str, name: str, shape: tuple[int, ...], found: dict[str, tuple[int, ...]]) -> None:
+    if name not in found:
+        # A base model's file has no head and no prefix; transformers maps those itself.
+        short = name.partition(".")[2]
+        if short in found:
+            name = short
+        else:
+            raise ModelError(f"model.config = {directory}: the weights have no {name}{nearest(name, found)}")
+    if found[name] != shape:
+        raise ModelError(f"model.config = {directory}: {name} is {found[name]} in the weights, {shape} by config.json")
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors header. Raises ModelError where the file is cut short or no safetensors."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, struct.error) as error:
+        raise ModelError(f"{path}: no safetensors file: {error}") from error
+    if size < end:
+        raise ModelError(f"{path}: truncated: {size} of {end} bytes")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+

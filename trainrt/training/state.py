@@ -1,0 +1,107 @@
+"""The state of a rank as bytes: packed into a snapshot slot, filled from any source.
+
+The plan says which bytes; this module only moves them between live tensors and flat storage.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainrt.checkpoint.source import Source, fill
+from trainrt.errors import CheckpointError
+from trainrt.parallel.layout import Layout, LogicalTensor
+from trainrt.parallel.plan import Plan, Slot
+
+
+class StateHolder(Protocol):
+    """What an engine shows of its state."""
+
+    plan: Plan
+    rank: int
+
+    def roles(self) -> list[tuple[str, str | None]]: ...
+    def tensor(self, name: str, role: str) -> Tensor: ...
+
+
+class Snapshotter:
+    """Copies the state of one rank into a slot: views of the slot are made once per buffer."""
+
+    def __init__(self, holder: StateHolder) -> None:
+        self.slots, self.bytes = holder.plan.slots(holder.rank, holder.roles())
+        self.layout = holder.plan.layout([holder.rank], holder.roles())
+        self._holder = holder
+        self._views: dict[int, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def copy_into(self, buffer: np.ndarray) -> None:
+        """One memory copy of everything; rounding to the parameter's dtype happens in it."""
+        address = buffer.__array_interface__["data"][0]
+        if address not in self._views:
+            flat = torch.from_numpy(buffer)
+            self._views[address] = [_view(flat, slot) for slot in self.slots]
+        live = [self._holder.tensor(slot.name, slot.role).detach() for slot in self.slots]
+        torch._foreach_copy_(self._views[address], live)
+
+
+def _view(flat: Tensor, slot: Slot) -> Tensor:
+    dtype = getattr(torch, slot.dtype)
+    elements = int(np.prod(slot.shape, dtype=np.int64))
+    return flat[slot.base : slot.base + elements * dtype.itemsize].view(dtype).view(slot.shape)
+
+
+@torch.no_grad()
+def restore(holder: StateHolder, source: Source) -> int:
+    """Fill the live state of this rank from any layout of the same tensors. Returns the bytes read.
+
+    Weights come from the masters where the source has them, else from the parameters; the rounded
+    parameters follow from the masters. Raises CheckpointError where the source lacks a tensor.
+    """
+    wanted, slots = _wanted(holder, source)
+    storage = np.empty(max((slot.base + _slot_bytes(slot) for slot in slots), default=0), np.uint8)
+    read = fill(wanted, {(holder.rank, "state"): storage}, source)
+    flat = torch.from_numpy(storage)
+    for slot in slots:
+        holder.tensor(slot.name, slot.role).copy_(_view(flat, slot))
+    return read
+
+
+def _slot_bytes(slot: Slot) -> int:
+    return int(np.prod(slot.shape, dtype=np.int64)) * getattr(torch, slot.dtype).itemsize
+
+
+def _wanted(holder: StateHolder, source: Source) -> tuple[Layout, list[Slot]]:
+    """The target layout in the source's roles and dtypes, and where each local tensor lands."""
+    slots, _ = holder.plan.slots(holder.rank, holder.roles())
+    keep = [slot for slot in slots if not (slot.role == "parameter" and _lower(slot, slots))]
+    by_name = {parameter.name: parameter for parameter in holder.plan.parameters}
+    target, landed, base = Layout(), [], 0
+    for slot in keep:
+        dtype = None
+        for part in by_name[slot.name].parts:
+            held = _held(source, part.name, slot.role)
+            dtype = held.dtype
+            fragments = by_name[slot.name].fragments(part, holder.plan.mesh, holder.rank, base)
+            target.add(LogicalTensor(part.name, held.role, held.dtype, part.shape), *fragments)
+        landing = Slot(slot.name, slot.role, dtype or slot.dtype, base, slot.shape)
+        landed.append(landing)
+        base += -(-_slot_bytes(landing) // 64) * 64
+    return target, landed
+
+
+def _lower(slot: Slot, slots: list[Slot]) -> bool:
+    """Whether a parameter is only the rounded form of a master that is restored anyway."""
+    return any(other.name == slot.name and other.role == "master" for other in slots)
+
+
+def _held(source: Source, name: str, role: str) -> LogicalTensor:
+    tensors: dict[Any, LogicalTensor] = source.layout.tensors
+    candidates = ("master", "parameter") if role in ("parameter", "master") else (role,)
+    for candidate in candidates:
+        if (name, candidate) in tensors:
+            return tensors[(name, candidate)]
+    raise CheckpointError(f"the source holds no {role} of {name}")
+
