@@ -177,9 +177,9 @@ class NativeEngine:
         self, results: list[LeafResult], names: list[str], gradients: dict[str, Tensor], stop: bool
     ) -> _Gathered:
         """The step's one gather of numbers: (ranks, 2 + rounds * columns) of float64."""
-        norms = torch._foreach_norm(
-            [g for name, g in gradients.items() if self._primary[name] and g.numel()], 2, dtype=torch.float64
-        )
+        # Each element counts once: a replica's gradient is left to the first rank that holds it.
+        counted = [g for name, g in gradients.items() if self._primary[name] and g.numel()]
+        norms = torch._foreach_norm(counted, 2, dtype=torch.float64) if counted else ()
         squared = sum((norm.cpu().square() for norm in norms), start=torch.zeros((), dtype=torch.float64))
         rows = [float(squared), float(stop)]
         for result in results:
