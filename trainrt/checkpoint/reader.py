@@ -1,0 +1,181 @@
+"""Reading a universal checkpoint: nothing is used before its checksum was checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from trainrt.checkpoint.manifest import PADDING, SAFETENSORS_DTYPE, SCHEMA, Chunk, check_name, file_digest, strict_json
+from trainrt.errors import CheckpointError
+from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides
+
+
+class Universal:
+    """An opened checkpoint: a Source whose layout is "everything in one piece".
+
+    Opening checks COMMIT, the manifest and every header and small file; each chunk is checked when it
+    is first read, and its bytes are used from that same read.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], chunks: dict[Key, list[Chunk]], layout: Layout) -> None:
+        self.path, self.manifest, self.layout = path, manifest, layout
+        self._chunks = chunks
+        self._files = {(entry["name"], entry["role"]): entry["file"] for entry in manifest["tensors"]}
+        self._cached: tuple[Key, np.ndarray] | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> Universal:
+        """Open and check all but the chunks. Raises CheckpointError with what is wrong."""
+        manifest = read_manifest(path)
+        for problem in structure_problems(path, manifest):
+            raise CheckpointError(f"{path}: {problem['file']}: {problem['message']}")
+        layout, chunks = Layout(), {}
+        for entry in manifest["tensors"]:
+            tensor = LogicalTensor(entry["name"], entry["role"], entry["dtype"], tuple(entry["shape"]))
+            if entry["alias_of"] is None:
+                chunks[tensor.key] = [Chunk(**chunk) for chunk in entry["chunks"]]
+                strides = contiguous_strides(tensor.shape)
+                layout.add(tensor, Fragment(0, Box.whole(tensor.shape), "file", strides))
+        return cls(path, manifest, chunks, layout)
+
+    def read(self, tensor: LogicalTensor, fragment: Fragment) -> np.ndarray:
+        """A box of a tensor. Only the chunks it touches are read, each verified before use."""
+        if not fragment.box.elements:
+            return np.empty(fragment.box.length, f"u{tensor.item_bytes}")
+        first = fragment.start * tensor.item_bytes
+        extent = sum((n - 1) * s for n, s in zip(fragment.box.length, fragment.strides, strict=True))
+        last = first + (extent + 1) * tensor.item_bytes
+        chunks = self._chunks[tensor.key]
+        origin = chunks[0].offset
+        touched = [c for c in chunks if c.offset - origin < last and c.offset - origin + c.length > first]
+        data = np.concatenate([self._chunk(tensor.key, chunk) for chunk in touched]) if len(touched) > 1 else (
+            self._chunk(tensor.key, touched[0])
+        )  # fmt: skip
+        skipped = (touched[0].offset - origin) // tensor.item_bytes
+        shifted = Fragment(0, fragment.box, "", fragment.strides, fragment.start - skipped)
+        return shifted.view(data, tensor.item_bytes)
+
+    def _chunk(self, key: Key, chunk: Chunk) -> np.ndarray:
+        mark = (key[0], f"{key[1]}@{chunk.offset}")
+        if self._cached is not None and self._cached[0] == mark:
+            return self._cached[1]
+        data = read_range(self.path / self._files[key], chunk.offset, chunk.stored)
+        if xxhash.xxh3_64_hexdigest(data) != chunk.xxh3:
+            raise CheckpointError(
+                f"{self.path}: {self._files[key]}: {key[0]} ({key[1]}) is damaged: the chunk at {chunk.offset} "
+                "does not match its checksum"
+            )
+        self._cached = (mark, data)
+        return data
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, checked against COMMIT and the schema. Raises CheckpointError."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    try:
+        commit = (path / "COMMIT").read_bytes()
+        text = (path / "manifest.json").read_bytes()
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        reason = "it was never finished" if name == "COMMIT" and (path / "manifest.json").exists() else "none of ours"
+        raise CheckpointError(f"{path}: no {name}: not a trainrt universal checkpoint ({reason})") from error
+    if commit != hashlib.sha256(text).hexdigest().encode() + b"\n":
+        raise CheckpointError(f"{path}: manifest.json does not match COMMIT: one of them is damaged")
+    manifest = strict_json(text, f"{path}/manifest.json")
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path}: schema {manifest.get('schema')!r} is not known; allowed: {SCHEMA!r}")
+    for file in manifest["files"]:
+        check_name(file)
+    return manifest
+
+
+def structure_problems(path: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is wrong with the files, short of the chunks' bytes: missing, extra, size, header, small file."""
+    files: dict[str, Any] = manifest["files"]
+    present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() or p.is_symlink()}
+    for extra in sorted(present - set(files) - {"COMMIT", "manifest.json"}):
+        yield _problem(extra, None, "extra", "is not in the manifest")
+    chunks: dict[str, list[Chunk]] = {}
+    for entry in manifest["tensors"]:
+        if entry["alias_of"] is None:
+            chunks.setdefault(entry["file"], []).extend(Chunk(**chunk) for chunk in entry["chunks"])
+    for file, facts in files.items():
+        place = path / file
+        if place.is_symlink():
+            yield _problem(file, None, "symlink", "is a symbolic link")
+        elif not place.is_file():
+            yield _problem(file, None, "missing", "is missing")
+        elif place.stat().st_size != facts["bytes"]:
+            yield _problem(file, None, "truncated", f"has {place.stat().st_size} bytes, the manifest says {facts['bytes']}")
+        elif facts["header_bytes"] is None:
+            if xxhash.xxh3_64_hexdigest(place.read_bytes()) != facts["xxh3"]:
+                yield _problem(file, None, "checksum", "does not match its checksum")
+        else:
+            yield from _header_problems(place, file, facts, chunks.get(file, []), manifest)
+
+
+def _header_problems(
+    place: Path, file: str, facts: dict[str, Any], chunks: list[Chunk], manifest: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    header = read_range(place, 0, facts["header_bytes"]).tobytes()
+    if file_digest(header, chunks) != facts["xxh3"]:
+        yield _problem(file, None, "checksum", "its header does not match its checksum")
+        return
+    if int.from_bytes(header[:8], "little") + 8 != len(header) or len(header) % PADDING:
+        yield _problem(file, None, "header", "its header length is not what the manifest says")
+        return
+    entries = strict_json(header[8:], file)
+    at = facts["header_bytes"]
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
+        if chunk.offset != at:
+            yield _problem(file, None, "coverage", f"bytes {at} to {chunk.offset} are covered by no chunk, or by two")
+            return
+        at += chunk.stored
+    if at != facts["bytes"]:
+        yield _problem(file, None, "coverage", f"bytes {at} to {facts['bytes']} are covered by no chunk")
+    for entry in manifest["tensors"]:
+        if entry["file"] == file:
+            named = entries.get(entry["name"], {})
+            if named.get("dtype") != SAFETENSORS_DTYPE[entry["dtype"]] or named.get("shape") != entry["shape"]:
+                yield _problem(file, entry["name"], "header", "the file's header and the manifest disagree")
+
+
+def chunk_problems(path: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Read every chunk and compare its checksum."""
+    for entry in manifest["tensors"]:
+        for chunk in entry["chunks"]:
+            try:
+                data = read_range(path / entry["file"], chunk["offset"], chunk["stored"])
+            except (OSError, CheckpointError) as error:
+                yield _problem(entry["file"], entry["name"], "truncated", str(error))
+                continue
+            if xxhash.xxh3_64_hexdigest(data) != chunk["xxh3"]:
+                message = f"the chunk at {chunk['offset']} does not match its checksum"
+                yield _problem(entry["file"], entry["name"], "checksum", message)
+
+
+def read_range(path: Path, offset: int, length: int) -> np.ndarray:
+    """Bytes of a file, no more than once. Raises CheckpointError where the file is shorter."""
+    data = np.empty(length, np.uint8)
+    view, at = memoryview(data), offset  # type: ignore[arg-type]
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while view:
+            read = os.preadv(fd, [view], at)
+            if read == 0:
+                raise CheckpointError(f"{path}: ends at {at}, {length} bytes from {offset} were expected")
+            view, at = view[read:], at + read
+    finally:
+        os.close(fd)
+    return data
+
+
+def _problem(file: str, tensor: str | None, kind: str, message: str) -> dict[str, Any]:
+    return {"file": file, "tensor": tensor, "kind": kind, "message": message}

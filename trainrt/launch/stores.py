@@ -1,0 +1,99 @@
+"""The run's stores, as the driver sees them: their addresses, their state, what they are told.
+
+A store whose node was lost may still live (Ray died, the machine did not): it is kept as retired,
+to restore from, until a newer generation is committed elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from trainrt.checkpoint.store.admin import StoreAdmin, newest_common
+from trainrt.config import JobConfig
+from trainrt.errors import StoreError
+from trainrt.run_dir import RunDir
+
+
+class Stores:
+    """Stores by node: `active` ones serve ranks, `retired` ones only remember."""
+
+    def __init__(self, run_dir: RunDir, config: JobConfig, *, secret: str) -> None:
+        self._run_dir, self._config, self._secret = run_dir, config, secret
+        self._active: dict[str, dict[str, str]] = {}
+        self._retired: dict[str, str] = {}
+        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stores")
+
+    def add(self, node: str, store: dict[str, str]) -> None:
+        self._active[node] = store
+        if self._retired.get(node) == store["address"]:
+            del self._retired[node]
+
+    def remove(self, node: str) -> None:
+        """The store died."""
+        self._active.pop(node, None)
+
+    def retire(self, node: str) -> None:
+        """The node is lost; its store may live on."""
+        store = self._active.pop(node, None)
+        if store is not None:
+            self._retired[node] = store["address"]
+
+    def of(self, node: str) -> dict[str, str] | None:
+        return self._active.get(node)
+
+    @property
+    def retired(self) -> bool:
+        return bool(self._retired)
+
+    def addresses(self) -> dict[str, str]:
+        """Every store that may hold something, by node."""
+        return {**self._retired, **{node: store["address"] for node, store in self._active.items()}}
+
+    def newest(self, *, active_only: bool = False) -> int | None:
+        """The newest step that all ranks of its world hold in live stores."""
+        addresses = self.addresses()
+        if active_only:
+            addresses = {node: store["address"] for node, store in self._active.items()}
+        answers = self._ask(addresses, lambda admin: admin.status())
+        for node in set(self._retired) - set(answers):
+            del self._retired[node]
+        return newest_common(list(answers.values()))
+
+    def configure(self, *, incarnation: int, nodes_of_ranks: dict[int, str]) -> None:
+        """Tell the stores of the nodes with ranks who belongs to this incarnation."""
+        nodes = set(nodes_of_ranks.values()) & set(self._active)
+        addresses = {node: self._active[node]["address"] for node in sorted(nodes)}
+        if not addresses:
+            return
+        self._ask(
+            addresses,
+            lambda admin: admin.configure(
+                incarnation=incarnation, stores=addresses, nodes_of_ranks=nodes_of_ranks,
+                leader=min(addresses), checkpoints=str(self._run_dir.checkpoints),
+                keep=self._config.checkpoint.keep, spill=str(self._run_dir.path / ".spill"),
+            ),
+        )  # fmt: skip
+
+    def forget_retired(self) -> None:
+        """Something newer is committed: end the retired stores."""
+        self._ask(self._retired, lambda admin: admin.shutdown())
+        self._retired.clear()
+
+    def shutdown(self) -> None:
+        self._ask(self.addresses(), lambda admin: admin.shutdown())
+        self._pool.shutdown()
+
+    def _ask(self, addresses: dict[str, str], question: Callable[[StoreAdmin], Any]) -> dict[str, Any]:
+        """Ask several stores at once; those that do not answer are left out."""
+        futures = {
+            node: self._pool.submit(lambda address=address: question(StoreAdmin(address, self._secret)))
+            for node, address in addresses.items()
+        }  # fmt: skip
+        answers: dict[str, Any] = {}
+        for node, future in futures.items():
+            with suppress(StoreError, OSError):
+                answers[node] = future.result()
+        return answers
