@@ -55,7 +55,7 @@ class Spec:
 
 @dataclass(slots=True)
 class Job:
-    """One rank's part of a job. `done` is the last optimizer step that the state includes."""
+    """One rank's part of a job. `done`: the last step the state includes; `snapshotted`: the last one sealed in the store."""
 
     spec: Spec
     config: JobConfig
@@ -71,6 +71,7 @@ class Job:
     events: EventWriter
     done: int
     constants: dict[str, Any]
+    snapshotted: int | None = None
 
     @classmethod
     def build(cls, spec: Spec, *, report: Callable[..., None]) -> Job:

@@ -108,6 +108,7 @@ def snapshot(job: Job, step: int, *, ending: bool) -> Stall:
         if buffer is not None:
             job.snapshotter.copy_into(buffer)
             job.store.seal(step, metadata=metadata_of(job, step), checkpoint=checkpoint)
+            job.snapshotted = step
     return Stall(time.perf_counter() - start, checkpoint)
 
 
@@ -120,12 +121,14 @@ def metadata_of(job: Job, step: int) -> dict[str, Any] | None:
 
 
 def final_checkpoint(job: Job, step: int) -> str | None:
-    """Wait for the checkpoint that the last step asked for; where training had nothing left to do, none is new."""
+    """Wait for the checkpoint of the last step; one that a lost incarnation left unwritten is made now."""
     if job.store is None:
         return None
     folder = job.run_dir.checkpoint(step)
     if folder.exists():
         return str(folder)
+    if job.snapshotted != step:
+        snapshot(job, step, ending=True)
     job.store.wait_committed(COMMIT_TIMEOUT_SECONDS)
     return str(job.store.wait_checkpoint(step, CHECKPOINT_TIMEOUT_SECONDS))
 

@@ -1,0 +1,98 @@
+"""The trainer's side of its node's store: a slot to copy into, a seal, a wait for the commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainrt.checkpoint.store.protocol import Connection
+from trainrt.checkpoint.store.reading import open_generation
+from trainrt.checkpoint.store.slots import map_slot
+from trainrt.errors import StoreError
+from trainrt.parallel.layout import Layout
+
+__all__ = ["SnapshotClient", "open_generation"]
+
+
+class SnapshotClient:
+    """One rank's snapshots. A store that is gone costs skipped snapshots (`skipped`), never the training."""
+
+    def __init__(self, socket: str, *, run_id: str, incarnation: int, rank: int, token: str) -> None:
+        self._socket, self._token, self._run_id = socket, token, run_id
+        self._head = {"incarnation": incarnation, "rank": rank}
+        self._connection: Connection | None = None
+        self._described: tuple[list[dict[str, Any]], int] | None = None
+        self._mapped: dict[str, np.ndarray] = {}
+        self._sealed: int | None = None
+        self.skipped = 0
+
+    def describe(self, layout: Layout, bytes: int) -> None:
+        """What this rank's slots hold, once an incarnation. Raises StoreError if the store refuses."""
+        self._described = (layout.to_json(), bytes)
+        self._connect()
+
+    def _connect(self) -> Connection:
+        assert self._described is not None
+        if self._connection is None:
+            connection = Connection(self._socket, token=self._token, run_id=self._run_id)
+            connection.request("describe", **self._head, layout=self._described[0], bytes=self._described[1])
+            self._connection = connection
+        return self._connection
+
+    def _lost(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+        self._mapped.clear()
+        self._sealed = None
+
+    def begin(self, step: int, *, checkpoint: bool = False) -> np.ndarray | None:
+        """A slot to copy the state of `step` into; None, counted, where the store is gone or has no room."""
+        try:
+            answer, _ = self._connect().request("begin", **self._head, step=step, checkpoint=checkpoint)
+        except StoreError:
+            self._lost()
+            self.skipped += 1
+            return None
+        if answer["slot"] is None:
+            self.skipped += 1
+            return None
+        if answer["slot"] not in self._mapped:
+            assert self._described is not None
+            self._mapped[answer["slot"]] = map_slot(answer["slot"], self._described[1])
+        return self._mapped[answer["slot"]]
+
+    def seal(self, step: int, *, metadata: dict[str, Any] | None, checkpoint: bool) -> None:
+        """The slot is written: the store takes over. Returns at once."""
+        try:
+            self._connect().request("seal", **self._head, step=step, metadata=metadata, checkpoint=checkpoint)
+            self._sealed = step
+        except StoreError:
+            self._lost()
+            self.skipped += 1
+
+    def wait_committed(self, timeout_seconds: float) -> bool:
+        """Wait for the commit of the last sealed generation. False where it was given up, or there is none."""
+        if self._sealed is None or self._connection is None:
+            return False
+        try:
+            answer, _ = self._connection.request(
+                "wait", wait_seconds=timeout_seconds, timeout_seconds=timeout_seconds, step=self._sealed,
+                incarnation=self._head["incarnation"],
+            )  # fmt: skip
+        except StoreError:
+            self._lost()
+            return False
+        if not answer["committed"]:
+            self._sealed = None
+            self.skipped += 1
+        return bool(answer["committed"])
+
+    def wait_checkpoint(self, step: int, timeout_seconds: float) -> Path:
+        """Wait for the checkpoint of `step`. Raises StoreError with the reason if it was not written."""
+        answer, _ = self._connect().request(
+            "wait_checkpoint", wait_seconds=timeout_seconds, timeout_seconds=timeout_seconds, step=step
+        )
+        return Path(answer["path"])

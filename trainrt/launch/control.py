@@ -1,0 +1,73 @@
+"""`trainrt status` and `trainrt stop`: over files of the run directory, so from any host that shares it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from trainrt.errors import RunDirError, TrainrtError
+from trainrt.launch.record import Folder
+from trainrt.run_dir import RunDir
+
+STOP_SECONDS = 600.0
+LIVE_STATES = ("starting", "running", "diagnosing", "recovering")
+
+
+def status(path: str | Path) -> dict[str, Any]:
+    """status.json, with `live` (a driver holds the directory), the last metrics line and the incidents' number.
+
+    Raises RunDirError where there is no run.
+    """
+    run_dir = existing(path)
+    document = run_dir.read_status()
+    assert document is not None
+    live = run_dir.locked()
+    if not live and document["state"] in LIVE_STATES:
+        document["message"] = (
+            "the driver is gone; agents and stores wait for the same `trainrt launch`, "
+            "which goes on from memory, or later from the newest checkpoint"
+            if Folder(run_dir).record.exists()
+            else "the driver is gone; the same `trainrt launch` goes on from the newest checkpoint"
+        )
+    metrics = run_dir.read_metrics()
+    return {
+        **document, "live": live, "last": metrics[-1] if metrics else None, "incidents": len(run_dir.read_incidents()),
+    }  # fmt: skip
+
+
+def stop(path: str | Path, *, timeout_seconds: float = STOP_SECONDS) -> str:
+    """Ask a run to end with a checkpoint, and wait until it has. Returns what became of it.
+
+    Where the driver is dead and its agents wait for another one, they are ended. Raises RunDirError
+    where there is no run, TrainrtError where it does not end in time.
+    """
+    run_dir = existing(path)
+    folder = Folder(run_dir)
+    live = run_dir.locked()
+    if not live and not folder.record.exists():
+        return f"{run_dir} is not running"
+    run_dir.stop_request.touch()
+    deadline = time.monotonic() + timeout_seconds
+    while run_dir.locked() or (not live and leftovers(folder)):
+        if time.monotonic() > deadline:
+            raise TrainrtError(f"{run_dir} did not stop within {timeout_seconds:.0f} s; it goes on trying")
+        time.sleep(0.1)
+    run_dir.stop_request.unlink(missing_ok=True)
+    document = run_dir.read_status() or {}
+    if not live:
+        folder.forget_cluster()
+        return f"{run_dir}: what a dead driver had left behind is ended; the newest checkpoint stays"
+    return f"{run_dir}: {document.get('state')} at step {document.get('step')}"
+
+
+def leftovers(folder: Folder) -> bool:
+    """Whether agents of a dead driver still wait: each says so in a file of its own."""
+    return any(folder.path.glob("waiting-*"))
+
+
+def existing(path: str | Path) -> RunDir:
+    run_dir = RunDir(path)
+    if run_dir.read_status() is None:
+        raise RunDirError(f"{path}: no run is here (no status.json)")
+    return run_dir

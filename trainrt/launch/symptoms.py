@@ -1,0 +1,126 @@
+"""From symptoms to a fault: which ranks ended, erred or lost their peers, and what that amounts to.
+
+Pure: no process, no file, no clock of its own. One fault comes out of many symptoms, because a death
+is heard of from everybody who talked to the dead.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SURVIVABLE = ("worker_exit", "worker_hang", "node_loss", "network", "user_error", "storage")
+ADDRESSES = re.compile(r"0x[0-9a-f]+|:\d{4,5}\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """What a worker reported before it parked."""
+
+    kind: str
+    message: str
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a worker's process ended. `code` is negative for a signal, None where nobody saw it."""
+
+    code: int | None
+    age_seconds: float
+
+    def __str__(self) -> str:
+        if self.code is None:
+            return "ended"
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        return f"exited with code {self.code}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What went wrong. `signature` is equal for a fault that repeats itself, None where that says nothing."""
+
+    kind: str
+    message: str
+    ranks: tuple[int, ...]
+    nodes: tuple[str, ...]
+    signature: str | None
+    detected_seconds: float
+
+    @property
+    def survivable(self) -> bool:
+        return self.kind in SURVIVABLE
+
+
+@dataclass(slots=True)
+class Symptoms:
+    """What is known since the first sign of a fault. `seats` are the nodes of the ranks."""
+
+    seats: Mapping[int, str]
+    exits: dict[int, Exit] = field(default_factory=dict)
+    errors: dict[int, Error] = field(default_factory=dict)
+    parked: dict[int, str] = field(default_factory=dict)
+    nodes: dict[str, tuple[str, float]] = field(default_factory=dict)
+    ended_by_us: set[int] = field(default_factory=set)
+
+    def unaccounted(self) -> list[int]:
+        """Ranks that nothing is known of: still at work, or stuck."""
+        return [
+            rank for rank, node in self.seats.items()
+            if rank not in self.exits and rank not in self.errors and rank not in self.parked and node not in self.nodes
+        ]  # fmt: skip
+
+    @property
+    def explained(self) -> bool:
+        """Whether something is known that can be the cause, not only that peers were lost."""
+        return bool(self.errors or self.nodes or set(self.exits) - self.ended_by_us)
+
+    def fault(self) -> Fault:
+        """The cause, from the strongest symptom to the weakest."""
+        if self.nodes:
+            return self._node_loss()
+        if self.errors:
+            return self._error()
+        exits = {rank: how for rank, how in sorted(self.exits.items()) if rank not in self.ended_by_us}
+        if exits:
+            return self._exit(exits)
+        hung = tuple(sorted(self.ended_by_us))
+        if hung:
+            message = f"{self._names(hung)} answered no more while peers timed out, and was ended"
+            return Fault("worker_hang", message, hung, self._nodes_of(hung), None, 0.0)
+        first = min(self.parked, default=0)
+        message = f"{self._names((first,))} lost its peers: {self.parked.get(first, '')}"
+        return Fault("network", message, tuple(sorted(self.parked)), self._nodes_of(self.parked), None, 0.0)
+
+    def _node_loss(self) -> Fault:
+        nodes = tuple(sorted(self.nodes))
+        ranks = tuple(rank for rank, node in sorted(self.seats.items()) if node in self.nodes)
+        why, age = self.nodes[nodes[0]]
+        return Fault("node_loss", f"node {', '.join(nodes)} is lost: {why}", ranks, nodes, None, age)
+
+    def _error(self) -> Fault:
+        first = min(self.errors)
+        error = self.errors[first]
+        same = tuple(sorted(rank for rank, other in self.errors.items() if other.message == error.message))
+        kind = {"runtime": "storage"}.get(error.kind, error.kind)
+        signature = ADDRESSES.sub("", f"{kind} {error.message}")
+        return Fault(kind, f"{self._names(same)}: {error.message}", same, self._nodes_of(same), signature, 0.0)
+
+    def _exit(self, exits: dict[int, Exit]) -> Fault:
+        ranks = tuple(exits)
+        how = exits[ranks[0]]
+        # SIGKILL comes from outside; whatever else ends a process may well come from what it computes.
+        signature = None if how.code in (None, -signal.SIGKILL) else f"worker_exit {ranks[0]} {how.code}"
+        age = max(exit.age_seconds for exit in exits.values())
+        return Fault("worker_exit", f"{self._names(ranks)} was {how}", ranks, self._nodes_of(ranks), signature, age)
+
+    def _nodes_of(self, ranks: Mapping[int, str] | tuple[int, ...]) -> tuple[str, ...]:
+        return tuple(sorted({self.seats[rank] for rank in ranks}))
+
+    def _names(self, ranks: tuple[int, ...]) -> str:
+        shown = ", ".join(f"{rank} ({self.seats[rank]})" for rank in ranks[:4])
+        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+        return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
