@@ -47,6 +47,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of an unknown form."""
 
 
+class DiagnosticsError(UserError):
+    """A page or a diagnosis cannot be made of what was named: no run, a port in use, no token."""
+
+
 class LayoutError(TrainrtError):
     """Two layouts do not describe the same tensors, or one leaves a part of a tensor nowhere."""
 

@@ -146,6 +146,7 @@ class Agent:
     async def shutdown(self) -> None:
         """End everything this node runs for the job, the store and its memory too."""
         self._ending = True
+        self._sign_of_life().unlink(missing_ok=True)
         await self.end_workers(at_once=True)
         if self._zygote is not None:
             self._zygote.end()
@@ -296,6 +297,7 @@ class Agent:
     async def _watch(self) -> None:
         """The driver's heartbeat: end the workers without one, and everything after the grace time."""
         while not self._ending:
+            self._sign_of_life().touch()
             await asyncio.sleep(WATCH_SECONDS)
             silence = time.monotonic() - self._last_poll
             if silence > DRIVER_SILENCE_SECONDS and self._workers:
@@ -312,6 +314,9 @@ class Agent:
             if self._store is not None and time.monotonic() - self._last_poll < DRIVER_SILENCE_SECONDS:
                 with suppress(StoreError, OSError):
                     await asyncio.to_thread(self._store.renew)
+
+    def _sign_of_life(self) -> Path:
+        return self._run_dir / ".cluster" / f"agent-{self._orders.node}"
 
     def _tell(self, event: Event) -> None:
         self._sequence += 1
@@ -398,7 +403,7 @@ class ZygoteHandle:
 def zygote_environment() -> dict[str, str]:
     """The agent's environment with its import path, and no library threads before the forks."""
     path = os.pathsep.join(dict.fromkeys(filter(None, [os.getcwd(), *sys.path])))
-    single = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", **single}
 
 

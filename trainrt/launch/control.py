@@ -11,6 +11,7 @@ from trainrt.launch.record import Folder
 from trainrt.run_dir import RunDir
 
 STOP_SECONDS = 600.0
+SIGN_OF_LIFE_SECONDS = 10.0
 LIVE_STATES = ("starting", "running", "diagnosing", "recovering")
 
 
@@ -62,8 +63,9 @@ def stop(path: str | Path, *, timeout_seconds: float = STOP_SECONDS) -> str:
 
 
 def leftovers(folder: Folder) -> bool:
-    """Whether agents of a dead driver still wait: each says so in a file of its own."""
-    return any(folder.path.glob("waiting-*"))
+    """Whether agents or guards of a dead driver still wait: each touches a file of its own while it lives."""
+    signs = [*folder.path.glob("agent-*"), *folder.path.glob("n*.json")]
+    return any(time.time() - sign.stat().st_mtime < SIGN_OF_LIFE_SECONDS for sign in signs if sign.exists())
 
 
 def existing(path: str | Path) -> RunDir:

@@ -128,7 +128,7 @@ class Fleet:
         return answers
 
     def call_all(self, method: str, **options: Any) -> dict[str, Any]:
-        return self.call(method, {node: () for node in self._actors}, **options)
+        return self.call(method, dict.fromkeys(self._actors, ()), **options)
 
     def forget(self, node: str) -> None:
         """An agent is gone: give back what was reserved for it."""

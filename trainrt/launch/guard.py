@@ -105,21 +105,28 @@ class Guard:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         starter = _fork(lambda: self._start_ray(cli))
-        raylet = None
+        raylet: int | None = None
+        failed = False
         try:
             while not self._over():
                 codes = reap()
                 if codes.get(starter, 0) != 0:
+                    failed = True
                     self._write(raylet, failed=True)
                     return
                 if raylet is None:
                     raylet = self._find_raylet()
                 elif raylet and not alive(raylet):
                     end_below(keep=self._kept())
-                    self._write(raylet := 0)
+                    raylet = 0
+                    self._write(raylet)
+                if self.record.exists():
+                    os.utime(self.record)
                 time.sleep(PERIOD_SECONDS)
         finally:
             end_below(keep=is_store)
+            if not failed:
+                self.record.unlink(missing_ok=True)
             shutil.rmtree(self.node.scratch, ignore_errors=True)
 
     def _start_ray(self, cli: Any) -> None:

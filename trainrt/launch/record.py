@@ -31,13 +31,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A running cluster of this run. `names` are the nodes with agents, spares last."""
+    """A running cluster of this run. `names` are the nodes with agents, spares last; `stores` their stores."""
 
     run_id: str
     address: str
     embedded: bool
     names: list[str]
     shape: Shape
+    stores: dict[str, str]
 
     def save(self, folder: Folder) -> None:
         replace(folder.record, json.dumps(asdict(self), indent=1) + "\n")
@@ -74,7 +75,7 @@ class Folder:
     def forget_cluster(self) -> None:
         """The cluster is gone: nothing is left to take over, and the next one gets tokens of its own."""
         for path in self.path.iterdir():
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def write_secret(path: Path, text: str) -> None:

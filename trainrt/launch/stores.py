@@ -28,8 +28,11 @@ class Stores:
 
     def add(self, node: str, store: dict[str, str]) -> None:
         self._active[node] = store
-        if self._retired.get(node) == store["address"]:
-            del self._retired[node]
+        self._retired.pop(node, None)
+
+    def add_retired(self, node: str, address: str) -> None:
+        """A store of an earlier driver's, which may still live."""
+        self._retired[node] = address
 
     def remove(self, node: str) -> None:
         """The store died."""

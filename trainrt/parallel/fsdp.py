@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.tensor import Shard
 
 from trainrt.events import ring
-from trainrt.parallel.collectives import all_reduce, group_name
+from trainrt.parallel.collectives import all_reduce
 from trainrt.parallel.mesh import Groups
 from trainrt.parallel.moe.experts import Experts
 
@@ -31,25 +31,31 @@ class _Allocate:
 
 
 class RecordedAllGather(_Allocate, AllGather):
-    """FSDP2's all-gather of a module's parameters, as an event."""
+    """FSDP2's all-gather of a module's parameters over `axis`, as an event."""
+
+    def __init__(self, axis: str) -> None:
+        self._axis = axis
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        size, name = output_tensor.nbytes, group_name(group)
-        with ring.span("fsdp_all_gather", kind="collective", bytes=size, group=name, waiting=True):
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        size = output_tensor.nbytes
+        with ring.span("fsdp_all_gather", kind="collective", bytes=size, group=self._axis, waiting=True):
+            return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class RecordedReduceScatter(_Allocate, ReduceScatter):
-    """FSDP2's reduce-scatter of a module's gradients, as an event."""
+    """FSDP2's reduce-scatter of a module's gradients over `axis`, as an event."""
+
+    def __init__(self, axis: str) -> None:
+        self._axis = axis
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
-        size, name = input_tensor.nbytes, group_name(group)
-        with ring.span("fsdp_reduce_scatter", kind="collective", bytes=size, group=name, waiting=True):
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        size = input_tensor.nbytes
+        with ring.span("fsdp_reduce_scatter", kind="collective", bytes=size, group=self._axis, waiting=True):
+            return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def apply_fsdp(model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *, compute: torch.dtype) -> None:
@@ -66,18 +72,18 @@ def apply_fsdp(model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *
                     module, mesh=groups.experts["efsdp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
                 )
                 # Every rank of efsdp * ep took part in the exchange: no replicas are left to reduce over.
-                _configure(module, replicas=None)
+                _configure(module, axis="efsdp", replicas=None)
     for block in blocks or ():
         fully_shard(block, mesh=groups.fsdp, mp_policy=policy)
-        _configure(block, replicas=groups.dp)
+        _configure(block, axis="fsdp", replicas=groups.dp)
     fully_shard(model, mesh=groups.fsdp, mp_policy=policy)
-    _configure(model, replicas=groups.dp)
+    _configure(model, axis="fsdp", replicas=groups.dp)
 
 
-def _configure(module: nn.Module, *, replicas: dist.ProcessGroup | None) -> None:
+def _configure(module: nn.Module, *, axis: str, replicas: dist.ProcessGroup | None) -> None:
     assert isinstance(module, FSDPModule)
-    module.set_custom_all_gather(RecordedAllGather())
-    module.set_custom_reduce_scatter(RecordedReduceScatter())
+    module.set_custom_all_gather(RecordedAllGather(axis))
+    module.set_custom_reduce_scatter(RecordedReduceScatter(axis))
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
     if replicas is not None:

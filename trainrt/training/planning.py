@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainrt.config import JobConfig, MeshSize
+from trainrt.config import JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
 from trainrt.parallel.mesh import choose_device
@@ -86,16 +86,27 @@ def shrink(size: MeshSize, world_size: int) -> MeshSize:
     return MeshSize(pp=size.pp, dp=dp, fsdp=data // dp, cp=size.cp, tp=size.tp, ep=size.ep)
 
 
-def plan_command(config: JobConfig, *, mesh: str | None, device: str | None, verify: bool) -> Plan:
-    """`trainrt plan`: the plan of a job without running it. `mesh` is text such as "tp=2,fsdp=2".
+def load_for_plan(source: Path, *, nodes: int | None = None, devices_per_node: int | None = None) -> JobConfig:
+    """The job to plan: a TOML file, or a Hugging Face model directory with everything else at its default."""
+    sizes = [("nodes", nodes), ("workers_per_node", devices_per_node)]
+    if source.is_dir():
+        cluster = {key: value for key, value in sizes if value is not None}
+        return parse({"model": {"kind": "huggingface", "config": str(source)}, "cluster": cluster})
+    return load(source, [f"cluster.{key}={value}" for key, value in sizes if value is not None])
 
-    There is no verifier yet, so `verify` asks for nothing.
-    """
+
+def plan_command(config: JobConfig, *, mesh: str | None = None, device: str | None = None) -> Plan:
+    """The plan of a job without running it. `mesh` is text such as "tp=2,fsdp=2"; `device` a known name."""
     if device is not None and device not in PEAK_FLOPS:
         raise ConfigError(f"--device {device}{nearest(device, PEAK_FLOPS)}; allowed: {', '.join(sorted(PEAK_FLOPS))}")
     size = parse_mesh(mesh) if mesh else None
     world_size = size.world_size if size else config.world_size
     return make_plan(config, world_size=world_size, device=device, mesh=size)
+
+
+def plan(config: JobConfig | str | Path, *, mesh: str | None = None, device: str | None = None) -> Plan:
+    """`trainrt.plan`: the plan of a config, or of a path to one. Raises ConfigError and PlanError."""
+    return plan_command(config if isinstance(config, JobConfig) else load_for_plan(Path(config)), mesh=mesh, device=device)
 
 
 def parse_mesh(text: str) -> MeshSize:

@@ -67,8 +67,8 @@ def open_corpus(config: DataConfig, cache_directory: Path | None = None) -> Corp
     """Open, tokenizing first where no cache holds it. Raises DataError for what cannot be read or is too short."""
     files = files_of(config.source)
     tokenizer = open_tokenizer(config.tokenizer)
-    digest = _digest(files, tokenizer, config.validation_fraction)
     base = cache_directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainrt"
+    digest = _known_digest(base / "known", files, tokenizer, config.validation_fraction)
     folder = base / "corpora" / digest
     if not (folder / "facts.json").exists():
         with _locked(base / "corpora"):
@@ -89,6 +89,23 @@ def open_corpus(config: DataConfig, cache_directory: Path | None = None) -> Corp
         train=splits["train"], validation=splits["validation"], vocabulary_size=tokenizer.size,
         end_of_text=tokenizer.end_of_text, digest=digest, unigram_entropy=facts["unigram_entropy"],
     )  # fmt: skip
+
+
+def _known_digest(known: Path, files: list[Path], tokenizer: Tokenizer, validation_fraction: float) -> str:
+    """The digest of the contents, remembered by names, sizes and times of change: unchanged files are not read again."""
+    state = xxhash.xxh3_128(f"{FORMAT} {tokenizer.digest} {validation_fraction!r}".encode())
+    for path in files:
+        facts = path.stat()
+        state.update(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+    note = known / state.hexdigest()
+    if note.exists():
+        return note.read_text()
+    digest = _digest(files, tokenizer, validation_fraction)
+    known.mkdir(parents=True, exist_ok=True)
+    scratch = known / f".{note.name}.{os.getpid()}"
+    scratch.write_text(digest)
+    os.replace(scratch, note)
+    return digest
 
 
 def _digest(files: list[Path], tokenizer: Tokenizer, validation_fraction: float) -> str:

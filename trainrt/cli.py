@@ -1,0 +1,183 @@
+"""The `trainrt` command: parse, call, print. No logic."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from trainrt.errors import ConfigError, TrainrtError, nearest
+
+app = typer.Typer(
+    name="trainrt",
+    help="Train large language models on many machines, and keep training when machines fail.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+checkpoint_app = typer.Typer(help="Look into checkpoints and prove that they are whole.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+RunDirectory = Annotated[Path, typer.Argument(help="The run directory.", metavar="RUN_DIR")]
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="The job: a TOML file.", metavar="CONFIG.toml")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as run.steps=200. May be given often.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray: local (start an embedded cluster), auto, or HOST:PORT.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes to train on (cluster.nodes).")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run directory (run.directory), on storage that all nodes share.")] = None,
+    detach: Annotated[bool, typer.Option(help="Return once the run is under way.")] = False,
+    force: Annotated[bool, typer.Option(help="Go on in a directory whose job differs in what is learned.")] = False,
+) -> None:  # fmt: skip
+    """Train. In a directory that holds a run, go on with it."""
+    from trainrt.config import load
+
+    given = list(overrides or [])
+    if nodes is not None:
+        given.append(f"cluster.nodes={nodes}")
+    if address is not None:
+        given.append(f'cluster.address="{address}"')
+    job = load(config, given)
+    sys.path.insert(0, str(config.absolute().parent))
+    from trainrt.launch import launch as start
+
+    raise typer.Exit(start(job, address=address, nodes=nodes, run_dir=run_dir, detach=detach, force=force))
+
+
+@app.command()
+def status(run_dir: RunDirectory, as_json: Json = False) -> None:
+    """Say how a run is doing."""
+    from trainrt.launch.control import status as read
+
+    document = read(run_dir)
+    if as_json:
+        _print_json(document)
+        return
+    _print_rows("run", [(key, _text(value)) for key, value in document.items()])
+
+
+@app.command()
+def stop(run_dir: RunDirectory) -> None:
+    """Ask a run to write a checkpoint and end; the same launch command goes on later."""
+    from trainrt.launch.control import stop as ask
+
+    ask(run_dir)
+
+
+@app.command()
+def plan(
+    source: Annotated[Path, typer.Argument(help="A job's TOML file, or a Hugging Face model directory.", metavar="CONFIG.toml|HF_CONFIG_DIR")],
+    nodes: Annotated[int | None, typer.Option(help="Nodes (cluster.nodes).")] = None,
+    devices_per_node: Annotated[int | None, typer.Option(help="Devices of a node (cluster.workers_per_node).")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to plan for, such as h100.")] = None,
+    mesh: Annotated[str | None, typer.Option(help='The mesh, such as "tp=2,fsdp=4"; else the best one is looked for.')] = None,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Accepted; plans of this version are held by tests, not by a trial run.")] = True,
+    explain: Annotated[str | None, typer.Option(metavar="TENSOR", help="Where one tensor lies, and why.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Show the parallel plan of a job without running it."""
+    from trainrt.training.planning import load_for_plan, plan_command
+
+    job = load_for_plan(source, nodes=nodes, devices_per_node=devices_per_node)
+    made = plan_command(job, mesh=mesh, device=device)
+    document = made.to_json()
+    if explain is not None:
+        found = [entry for entry in document["parameters"] if entry["name"] == explain]
+        if not found:
+            raise ConfigError(f"--explain {explain}: no such tensor{nearest(explain, [e['name'] for e in document['parameters']])}")
+        document = found[0]
+    if as_json:
+        _print_json(document)
+    else:
+        _print_rows("plan", made.table() if explain is None else [(key, _text(value)) for key, value in document.items()])
+
+
+@checkpoint_app.command("inspect")
+def inspect_checkpoint(path: Annotated[Path, typer.Argument(help="A checkpoint.")], as_json: Json = False) -> None:
+    """List the tensors of a checkpoint with their digests."""
+    from trainrt.checkpoint.inspect import inspect
+
+    document = inspect(path)
+    if as_json:
+        _print_json(document)
+        return
+    table = Table("name", "role", "dtype", "shape", "digest", title=f"{document['format']} checkpoint of step {document['step']}")
+    for tensor in document["tensors"]:
+        table.add_row(tensor["name"], tensor["role"], tensor["dtype"], "x".join(map(str, tensor["shape"])), tensor["digest"])
+    Console().print(table)
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoint(path: Annotated[Path, typer.Argument(help="A checkpoint.")], as_json: Json = False) -> None:
+    """Read every byte of a checkpoint and compare it with its checksums. Exit 1 if anything is wrong."""
+    from trainrt.checkpoint.inspect import verify
+
+    document = verify(path)
+    if as_json:
+        _print_json(document)
+    elif document["ok"]:
+        print(f"{path}: whole: {document['tensors']} tensors, {document['bytes']} bytes, every checksum right")
+    else:
+        for problem in document["problems"]:
+            print(f"{path}: {problem['file']}: {problem['tensor'] or problem['kind']}: {problem['message']}")
+    raise typer.Exit(0 if document["ok"] else 1)
+
+
+@app.command()
+def dashboard(
+    run_dir: RunDirectory,
+    host: Annotated[str, typer.Option(help="Address to listen on; other than loopback needs --token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8300,
+    token: Annotated[str | None, typer.Option(help="Ask visitors for this token.")] = None,
+) -> None:
+    """Show a run, live or finished, on a web page."""
+    from trainrt.diagnostics.dashboard import serve
+
+    serve(run_dir, host=host, port=port, token=token)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1))
+
+
+def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False)
+    for key, value in rows:
+        table.add_row(key, value)
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 1 failed, 2 wrong input, 75 interrupted, 130 Ctrl-C."""
+    debug = os.environ.get("TRAINRT_DEBUG") == "1"
+    try:
+        app()
+    except TrainrtError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print("\n".join(f"trainrt: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"trainrt: {type(error).__name__}: {error} (TRAINRT_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What a run stands on: a connected cluster, an agent and a store per node; started, or taken over.
+
+`Ground` owns them until the end of the run. Which ranks sit where is not known here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainrt.checkpoint.store.slots import shared_folder
+from trainrt.config import JobConfig
+from trainrt.launch.agent import AgentOrders
+from trainrt.launch.cluster import Cluster, Embedded, Joined, Site, free_port, local_gpus
+from trainrt.launch.fleet import Fleet
+from trainrt.launch.machine import Event
+from trainrt.launch.record import Folder, Record, Shape
+from trainrt.launch.stores import Stores
+from trainrt.run_dir import RunDir
+
+MEMORY_SECONDS = 5.0
+"""How long ended stores may take to remove their shared memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What workers run: the entry ("module:function"), what the zygote imports first, the user's module."""
+
+    entry: str
+    preload: tuple[str, ...]
+    runtime_env: dict[str, Any] | None
+
+
+class Ground:
+    """Cluster, agents and stores of one run."""
+
+    def __init__(
+        self, run_dir: RunDir, config: JobConfig, code: Code, *, run_id: str, put: Callable[[Event], None]
+    ) -> None:
+        self._run_dir, self._config, self._code, self._run_id = run_dir, config, code, run_id
+        self.folder = Folder(run_dir)
+        self.fleet = Fleet(run_id, put=put)
+        self.secret = self.folder.secret.read_text()
+        self.stores = Stores(run_dir, config, secret=self.secret)
+        self.device = chosen_device(config)
+        self.shape = shape_of(config, self.device)
+        self.cluster: Cluster
+        self.record: Record
+
+    @property
+    def count(self) -> int:
+        """Nodes with agents, spares included."""
+        return self._config.cluster.nodes + self._config.cluster.spare_nodes
+
+    # Coming up.
+
+    def begin(self, record: Record | None) -> bool:
+        """Start the cluster, or find the one an earlier driver left (True). Does not wait."""
+        if record is not None:
+            for node, address in record.stores.items():
+                self.stores.add_retired(node, address)
+        if record is not None and record.shape == self.shape and self._find(record):
+            self.record = record
+            return True
+        if record is not None and record.embedded:
+            self._embedded(record).close()
+        names = [f"n{index}" for index in range(self.count)]
+        if self._config.cluster.address == "local":
+            embedded = Embedded(self._run_dir, run_id=self._run_id, names=names, port=free_port())
+            embedded.start(
+                cpus=self._config.cluster.workers_per_node + 1, gpus=self._gpus(),
+                grace_seconds=self._config.cluster.driver_grace_seconds,
+            )  # fmt: skip
+            self.cluster = embedded
+        else:
+            cpus = self._config.cluster.workers_per_node
+            self.cluster = Joined(self._config.cluster.address, cpus=cpus, gpus=self._gpus(), count=self.count)
+        self.record = Record(
+            self._run_id, self.cluster.address, self._config.cluster.address == "local", names, self.shape, {}
+        )
+        return False
+
+    def come_up(self, *, adopt: bool, check: Callable[[], None], phase: Callable[[str], None]) -> list[str]:
+        """Connect, and wait until every node has an agent and a store. Returns the nodes' names, in order."""
+        self.cluster.connect(check=check)
+        self.record = replace(self.record, address=self.cluster.address)
+        self._save_record()
+        if adopt:
+            alive = {site.name: site for site in self.cluster.alive() if site.name}
+            found = self.fleet.adopt(self.record.names, alive)
+            self._setup(found, check=check)
+            missing = [site for name, site in alive.items() if name not in self.fleet.nodes and name in self.record.names]
+            phase("cluster")
+        else:
+            missing = self.cluster.sites(check=check)
+            phase("cluster")
+        self.add(missing, check=check)
+        phase("agents")
+        return [name for name in self.record.names if name in self.fleet.nodes]
+
+    def add(self, sites: list[Site], *, check: Callable[[], None]) -> None:
+        """Put agents on sites and wait for them."""
+        self.fleet.start(sites, self._orders, resources=self._resources(), runtime_env=self._code.runtime_env)
+        self._setup([site.name for site in sites], check=check)
+
+    def in_place(self, node: str) -> Site | None:
+        """The site of a lost agent, where Ray still holds its node for alive."""
+        site = self.fleet.sites.get(node)
+        if site is None:
+            return None
+        return next((site for other in self.cluster.alive() if other.node_id == site.node_id), None)
+
+    def unused(self) -> Site | None:
+        """A node of a joined cluster that runs nothing of this run yet."""
+        if isinstance(self.cluster, Embedded):
+            return None
+        used = {site.node_id for site in self.fleet.sites.values()}
+        for site in self.cluster.alive():
+            if site.node_id not in used:
+                name = f"n{len(self.record.names)}"
+                self.record = replace(self.record, names=[*self.record.names, name])
+                return replace(site, name=name)
+        return None
+
+    def store_changed(self, node: str, store: dict[str, str] | None) -> None:
+        if store is None:
+            self.stores.remove(node)
+        else:
+            self.stores.add(node, store)
+            self._save_record()
+
+    def lose(self, node: str) -> None:
+        """A node is lost; its store may still answer."""
+        self.fleet.forget(node)
+        self.stores.retire(node)
+
+    # Going down.
+
+    def close(self) -> None:
+        """End workers, agents, stores and an embedded cluster; nothing of the run is left afterwards."""
+        self.fleet.close()
+        self.stores.shutdown()
+        if hasattr(self, "cluster"):
+            self.cluster.close()
+        self._sweep_memory()
+        self.folder.forget_cluster()
+
+    def _sweep_memory(self) -> None:
+        """Stores remove their memory as they end; what a killed one left on this host goes here."""
+        shared = shared_folder(self._run_id, "n0").parent
+        deadline = time.monotonic() + MEMORY_SECONDS
+        while any(shared.glob("*/store.sock")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        shutil.rmtree(shared, ignore_errors=True)
+
+    # Parts.
+
+    def _find(self, record: Record) -> bool:
+        if record.embedded:
+            self.cluster = self._embedded(record)
+            return self.cluster.adoptable()
+        cpus = self._config.cluster.workers_per_node
+        self.cluster = Joined(record.address, cpus=cpus, gpus=self._gpus(), count=self.count)
+        return True
+
+    def _embedded(self, record: Record) -> Embedded:
+        port = int(record.address.rpartition(":")[2])
+        return Embedded(self._run_dir, run_id=record.run_id, names=record.names, port=port)
+
+    def _setup(self, nodes: list[str], *, check: Callable[[], None]) -> None:
+        for node, answer in self.fleet.setup(nodes, proof=self.folder.proof.read_text(), check=check).items():
+            if answer["store"] is not None:
+                self.stores.add(node, answer["store"])
+        self._save_record()
+
+    def _save_record(self) -> None:
+        self.record = replace(self.record, stores=self.stores.addresses())
+        self.record.save(self.folder)
+
+    def _orders(self, site: Site) -> AgentOrders:
+        return AgentOrders(
+            run_dir=str(self._run_dir), run_id=self._run_id, node=site.name, secret=self.secret,
+            grace_seconds=self._config.cluster.driver_grace_seconds, entry=self._code.entry,
+            preload=self._code.preload, host=site.host,
+        )  # fmt: skip
+
+    def _gpus(self) -> int:
+        return self._config.cluster.workers_per_node if self.device == "cuda" else 0
+
+    def _resources(self) -> dict[str, float]:
+        resources = {"CPU": float(self._config.cluster.workers_per_node)}
+        if self._gpus():
+            resources["GPU"] = float(self._gpus())
+        return resources
+
+
+def chosen_device(config: JobConfig) -> str:
+    """cpu or cuda. With `auto`, an embedded cluster takes GPUs if there is one for every worker."""
+    if config.cluster.device != "auto":
+        return config.cluster.device
+    if config.cluster.address != "local":
+        from trainrt.parallel.mesh import choose_device
+
+        return choose_device("auto")
+    workers = (config.cluster.nodes + config.cluster.spare_nodes) * config.cluster.workers_per_node
+    return "cuda" if local_gpus() >= workers else "cpu"
+
+
+def shape_of(config: JobConfig, device: str) -> Shape:
+    cluster = config.cluster
+    return Shape(cluster.address, cluster.nodes, cluster.workers_per_node, cluster.spare_nodes, device)
+
+
+def newest_checkpoint(run_dir: RunDir) -> tuple[int, Path] | None:
+    """The newest complete checkpoint of the run directory, with its step."""
+    from trainrt.checkpoint.universal import newest
+
+    path = newest(run_dir.checkpoints)
+    return None if path is None else (int(path.name.removeprefix("step-")), path)
+
+
