@@ -7,6 +7,7 @@ same code for both.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -72,14 +73,15 @@ class Embedded:
         self._folder.renew_lease()
         Orders(
             nodes=[self._node(name, index, cpus, gpus) for index, name in enumerate(self._names)],
-            scratch=str(self._scratch), directory=str(self._folder.path), lease=str(self._folder.lease),
+            scratch=str(self._scratch), directory=str(self._folder.path), logs=str(self._run_dir.logs), lease=str(self._folder.lease),
             stop_request=str(self._run_dir.stop_request), grace_seconds=grace_seconds, port=self._port,
         ).save(self._folder.orders)  # fmt: skip
         path = os.pathsep.join([str(Path(trainrt.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-        with (self._folder.path / "guards.log").open("w") as log:
+        environment = {**os.environ, **RAY_SETTINGS, **self._authentication(), "PYTHONPATH": path}
+        with (self._run_dir.logs / "guards.log").open("w") as log:
             self._nursery = subprocess.Popen(
                 [sys.executable, "-m", "trainrt.launch.guard", str(self._folder.orders)],
-                env={**os.environ, **RAY_SETTINGS, **self._authentication(), "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+                env={**environment, "OPENBLAS_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
@@ -149,7 +151,6 @@ class Embedded:
     def _node(self, name: str, index: int, cpus: int, gpus: int) -> NodeOrders:
         scratch = self._scratch / name
         place = ["--head", "--port", str(self._port), "--include-dashboard", "false", "--no-monitor"]
-        place += ["--ray-client-server-port", "0"]
         arguments = [
             *(place if index == 0 else ["--address", self.address]),
             "--node-ip-address", "127.0.0.1", "--disable-usage-stats", "--include-log-monitor", "false",
@@ -173,7 +174,7 @@ class Embedded:
         ended = self._nursery is not None and self._nursery.poll() is not None
         if not failed and not ended and time.monotonic() < deadline:
             return
-        log = self._folder.path / (f"{failed[0]}.log" if failed else "guards.log")
+        log = self._run_dir.logs / (f"ray-{failed[0]}.log" if failed else "guards.log")
         said = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
         what = f"node {failed[0]}" if failed else "the embedded Ray cluster"
         raise TrainrtError("\n".join([f"{what} did not start; the end of {log}:", *said]))
@@ -250,15 +251,15 @@ def init(address: str) -> None:
     import ray
     import ray._private.worker as worker
 
-    with suppress(ImportError, AttributeError):
-        # A process may launch one run after another, each with a token of its own.
-        from ray._raylet import AuthenticationTokenLoader
+    import ray._raylet as raylet
 
-        AuthenticationTokenLoader.instance().reset_cache()
+    with suppress(AttributeError):
+        # A process may launch one run after another, each with a token of its own.
+        raylet.AuthenticationTokenLoader.instance().reset_cache()  # type: ignore[attr-defined]
     # Ray prints dumps of dead raylets on standard output; what they mean is said as an incident.
     worker.print_to_stdstream = lambda *_, **__: None
     ray.init(
-        address, namespace=NAMESPACE, log_to_driver=False, logging_level="critical", configure_logging=False,
+        address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False,
         include_dashboard=False,
     )  # fmt: skip
 

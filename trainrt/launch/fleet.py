@@ -108,7 +108,8 @@ class Fleet:
                     "it must be on storage that all nodes share, under the same path"
                 )
             self.hosts[node] = answer["host"]
-            threading.Thread(target=self._poll, args=(node, answer["sequence"]), name=f"poll-{node}", daemon=True).start()
+            sequence = answer["sequence"]
+            threading.Thread(target=self._poll, args=(node, sequence), name=f"poll-{node}", daemon=True).start()
         return answers
 
     def call(self, method: str, arguments: dict[str, tuple[Any, ...]], **options: Any) -> dict[str, Any]:
@@ -129,6 +130,12 @@ class Fleet:
 
     def call_all(self, method: str, **options: Any) -> dict[str, Any]:
         return self.call(method, dict.fromkeys(self._actors, ()), **options)
+
+    def tell(self, method: str, arguments: dict[str, tuple[Any, ...]]) -> None:
+        """Call a method on several agents without waiting; what comes of it comes as events."""
+        for node, given in arguments.items():
+            if node in self._actors:
+                getattr(self._actors[node], method).remote(*given)
 
     def forget(self, node: str) -> None:
         """An agent is gone: give back what was reserved for it."""
@@ -153,10 +160,11 @@ class Fleet:
         """Fetch an agent's events until it is gone. Runs in a thread."""
         import ray
 
-        actor, heard = self._actors[node], time.monotonic()
+        actor: Any = self._actors[node]
+        heard, why = time.monotonic(), Exception()
         while not self._over.is_set() and self._actors.get(node) is actor:
             try:
-                answer = ray.get(actor.poll.remote(after), timeout=POLL_TIMEOUT_SECONDS)
+                answer: dict[str, Any] = ray.get(actor.poll.remote(after), timeout=POLL_TIMEOUT_SECONDS)
             except ray.exceptions.ActorUnavailableError as error:
                 lost, why = time.monotonic() - heard > SILENT_SECONDS, error
                 time.sleep(0.1)
@@ -199,4 +207,5 @@ def _raise_if_broken(node: str, error: Exception) -> None:
         if "ModuleNotFoundError" in line or "ImportError" in line:
             raise TrainrtError(f"node {node}: {line.strip()} (trainrt must be installed on every node)") from error
     if "runtime_env" in text.lower() or "runtime environment" in text.lower():
-        raise TrainrtError(f"node {node}: the user's module could not be sent: {text.strip().splitlines()[-1]}") from error
+        reason = text.strip().splitlines()[-1]
+        raise TrainrtError(f"node {node}: the user's module could not be sent: {reason}") from error

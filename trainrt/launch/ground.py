@@ -41,7 +41,7 @@ class Ground:
     def __init__(
         self, run_dir: RunDir, config: JobConfig, code: Code, *, run_id: str, put: Callable[[Event], None]
     ) -> None:
-        self._run_dir, self._config, self._code, self._run_id = run_dir, config, code, run_id
+        self.run_dir, self._config, self._code, self._run_id = run_dir, config, code, run_id
         self.folder = Folder(run_dir)
         self.fleet = Fleet(run_id, put=put)
         self.secret = self.folder.secret.read_text()
@@ -70,7 +70,7 @@ class Ground:
             self._embedded(record).close()
         names = [f"n{index}" for index in range(self.count)]
         if self._config.cluster.address == "local":
-            embedded = Embedded(self._run_dir, run_id=self._run_id, names=names, port=free_port())
+            embedded = Embedded(self.run_dir, run_id=self._run_id, names=names, port=free_port())
             embedded.start(
                 cpus=self._config.cluster.workers_per_node + 1, gpus=self._gpus(),
                 grace_seconds=self._config.cluster.driver_grace_seconds,
@@ -93,7 +93,8 @@ class Ground:
             alive = {site.name: site for site in self.cluster.alive() if site.name}
             found = self.fleet.adopt(self.record.names, alive)
             self._setup(found, check=check)
-            missing = [site for name, site in alive.items() if name not in self.fleet.nodes and name in self.record.names]
+            absent = set(self.record.names) - set(self.fleet.nodes)
+            missing = [site for name, site in alive.items() if name in absent]
             phase("cluster")
         else:
             missing = self.cluster.sites(check=check)
@@ -125,6 +126,14 @@ class Ground:
                 self.record = replace(self.record, names=[*self.record.names, name])
                 return replace(site, name=name)
         return None
+
+    def driver_host(self) -> str:
+        """The address under which the nodes reach this process."""
+        if isinstance(self.cluster, Embedded):
+            return "127.0.0.1"
+        import ray
+
+        return str(ray.util.get_node_ip_address())
 
     def store_changed(self, node: str, store: dict[str, str] | None) -> None:
         if store is None:
@@ -169,7 +178,7 @@ class Ground:
 
     def _embedded(self, record: Record) -> Embedded:
         port = int(record.address.rpartition(":")[2])
-        return Embedded(self._run_dir, run_id=record.run_id, names=record.names, port=port)
+        return Embedded(self.run_dir, run_id=record.run_id, names=record.names, port=port)
 
     def _setup(self, nodes: list[str], *, check: Callable[[], None]) -> None:
         for node, answer in self.fleet.setup(nodes, proof=self.folder.proof.read_text(), check=check).items():
@@ -183,7 +192,7 @@ class Ground:
 
     def _orders(self, site: Site) -> AgentOrders:
         return AgentOrders(
-            run_dir=str(self._run_dir), run_id=self._run_id, node=site.name, secret=self.secret,
+            run_dir=str(self.run_dir), run_id=self._run_id, node=site.name, secret=self.secret,
             grace_seconds=self._config.cluster.driver_grace_seconds, entry=self._code.entry,
             preload=self._code.preload, host=site.host,
         )  # fmt: skip
@@ -221,5 +230,3 @@ def newest_checkpoint(run_dir: RunDir) -> tuple[int, Path] | None:
 
     path = newest(run_dir.checkpoints)
     return None if path is None else (int(path.name.removeprefix("step-")), path)
-
-

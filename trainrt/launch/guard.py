@@ -51,6 +51,7 @@ class Orders:
     nodes: list[NodeOrders]
     scratch: str
     directory: str
+    logs: str
     lease: str
     stop_request: str
     grace_seconds: float
@@ -68,9 +69,11 @@ class Orders:
 def main(orders_path: str) -> int:
     """Fork the guards and wait for their ends; then remove the cluster's scratch directory."""
     orders = Orders.load(Path(orders_path))
-    from ray.scripts.scripts import cli
+    from ray.scripts import scripts
 
-    guards = [_fork(lambda node=node: Guard(orders, node).run(cli)) for node in orders.nodes]  # type: ignore[misc]
+    # Nobody uses Ray's client server here; without its dependencies `ray start` leaves it out.
+    scripts.get_ray_client_dependency_error = lambda: "not wanted"
+    guards = [_fork(lambda node=node: Guard(orders, node).run(scripts.cli)) for node in orders.nodes]  # type: ignore[misc]
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for guard in guards:
@@ -134,7 +137,7 @@ class Guard:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         os.environ.update(self.node.environment)
-        log = os.open(self.record.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        log = os.open(f"{self.orders.logs}/ray-{self.node.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for fd in (1, 2):
             os.dup2(log, fd)
         if not self.head:

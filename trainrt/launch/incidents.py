@@ -16,7 +16,7 @@ from trainrt.run_dir import RunDir, append_line, now
 
 @dataclass(slots=True)
 class Incident:
-    """One fault. `detected_at` is of `time.monotonic()`; `detected_seconds` is how old it was by then, as far as known."""
+    """One fault. `detected_at` is of `time.monotonic()`; `detected_seconds`: how old it was then, as far as known."""
 
     kind: str
     message: str

@@ -67,11 +67,16 @@ class Running:
 
 @dataclass(slots=True)
 class Diagnosing:
-    """Something failed. Symptoms are collected until every rank is accounted for."""
+    """Something failed. Symptoms are collected until every rank is accounted for; then the fault is judged:
+
+    `failure` says why the run must stop, else it goes on at `resume_at`.
+    """
 
     since: float
     symptoms: Symptoms
     killed: bool = False
+    failure: str | None = None
+    resume_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,13 +169,12 @@ def write_config(request: Request) -> None:
 
 def to_document(request: Request) -> str:
     """A request as text, for a daemon to run."""
-    return json.dumps(
-        {
-            "config": to_toml(request.config), "run_dir": str(request.run_dir), "module_directory": request.module_directory,
-            "force": request.force, "command": request.command, "entry": request.entry, "preload": request.preload,
-            "path": sys.path,
-        }  # fmt: skip
-    )
+    document = {
+        "config": to_toml(request.config), "run_dir": str(request.run_dir), "path": sys.path,
+        "module_directory": request.module_directory, "force": request.force, "command": request.command,
+        "entry": request.entry, "preload": request.preload,
+    }  # fmt: skip
+    return json.dumps(document)
 
 
 def from_document(text: str) -> Request:

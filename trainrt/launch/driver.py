@@ -1,0 +1,514 @@
+"""The driver: one process that brings a run up, listens, decides and writes the run directory.
+
+Its states and what may follow on what are `machine.py`'s. The driver turns events into the next state;
+everything else is done by the parts it holds: `Ground` (cluster, agents, stores), `Incarnation` (who
+sits where, what is completed), `Ledger` (incidents), `Status` and `Processes` (files), `Terminal`.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trainrt.errors import ConfigError, PlanError, TrainrtError, UserError
+from trainrt.launch.dashboard import Dashboard
+from trainrt.launch.ground import Code, Ground
+from trainrt.launch.incarnation import Incarnation, Planner
+from trainrt.launch.incidents import Incident, Ledger
+from trainrt.launch.logs import LogMonitor
+from trainrt.launch.machine import (
+    Diagnosing,
+    Event,
+    Failed,
+    Final,
+    Finished,
+    FromNode,
+    Interrupted,
+    NodeLost,
+    Recovering,
+    Running,
+    Starting,
+    State,
+    StopAsked,
+    Tick,
+    check,
+    published,
+)
+from trainrt.launch.protection import Protection
+from trainrt.launch.publish import Processes, Status, append_metrics
+from trainrt.launch.record import Folder
+from trainrt.launch.recovery import Patience
+from trainrt.launch.request import Previous, Request, look_back, write_config
+from trainrt.launch.symptoms import Error, Exit, Fault, Symptoms
+from trainrt.launch.terminal import Terminal, next_command
+from trainrt.run_dir import now, write_json
+
+TICK_SECONDS = 0.1
+PARK_SECONDS = 2.0
+"""How long ranks may take to notice that a peer is gone before they are ended: a new one costs a fork."""
+EXPLAIN_SECONDS = 3.0
+"""How long to wait for the cause (a node's death takes Ray a second) when ranks only say that peers are gone."""
+GIVE_UP_SECONDS = 30.0
+TERMINATED, CTRL_C = 75, 130
+
+
+class Stopped(Exception):
+    """Raised out of waiting while the run comes up: somebody asked it to stop."""
+
+
+def run(request: Request) -> int:
+    """Run a job to its end. Returns the exit code; raises UserErrors for wrong input, before anything starts."""
+    request.run_dir.create()
+    request.run_dir.lock()
+    try:
+        previous = look_back(request)
+        terminal = Terminal()
+        if previous is not None and previous.state == "finished" and request.config.run.steps <= previous.step:
+            terminal.line(f"{request.run_dir}: finished at step {previous.step}; run.steps = more goes on")
+            return 0
+        request.run_dir.stop_request.unlink(missing_ok=True)
+        write_config(request)
+        return Driver(request, previous, terminal).run()
+    finally:
+        request.run_dir.unlock()
+
+
+class Driver:
+    """One launch, from nothing to a final state."""
+
+    def __init__(self, request: Request, previous: Previous | None, terminal: Terminal) -> None:
+        self.request, self.config, self.run_dir = request, request.config, request.run_dir
+        self.previous, self.terminal = previous, terminal
+        self.began = time.monotonic()
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.run_id = previous.run_id if previous is not None else new_run_id()
+        self.phases: dict[str, float] = {}
+        self.status = Status(
+            self.run_dir, run_id=self.run_id, steps=self.config.run.steps,
+            step=previous.step if previous is not None else 0,
+            incarnation=previous.incarnation if previous is not None else 0,
+        )  # fmt: skip
+        self.processes = Processes(self.run_dir)
+        self.ledger = Ledger(self.run_dir, tell=terminal.incident)
+        self.protection = Protection(self.config, self.ledger)
+        self.patience = Patience()
+        self.stop: StopAsked | None = None
+        self.checkpoint: str | None = None
+        self.entropy: float | None = None
+        self.last_metrics: dict[str, Any] | None = None
+        self.dashboard: Dashboard | None = None
+        self.logs: LogMonitor | None = None
+        self.now_running: Incarnation | None = None
+        folder = Folder(self.run_dir)
+        folder.create()
+        code = Code(request.entry, request.preload, request.runtime_env())
+        self.ground = Ground(self.run_dir, self.config, code, run_id=self.run_id, put=self.events.put)
+        self.planner = Planner(self.config)
+
+    # From the first to the last state.
+
+    def run(self) -> int:
+        state: State = Starting(self.began)
+        with self._signals():
+            try:
+                state = self._guarded(self._start, state)
+                while not isinstance(state, Final):
+                    event = self._next_event()
+                    state = self._guarded(lambda event=event, state=state: self._handle(state, event), state)
+            finally:
+                self._close(state)
+        return self._report(state)
+
+    def _guarded(self, step: Any, before: State) -> State:
+        """The next state, checked and published; errors with a message become the state Failed."""
+        try:
+            after: State = step()
+        except Stopped:
+            assert self.stop is not None
+            after = Interrupted(f"{self.stop.reason}: stopped before the first step", self.stop.exit_code)
+        except TrainrtError as error:
+            after = Failed(str(error), error.exit_code)
+        check(before, after)
+        if type(after) is not type(before):
+            self._enter(after)
+        return after
+
+    def _enter(self, state: State) -> None:
+        if isinstance(state, Running):
+            self._recovered()
+        if not isinstance(state, Final):
+            message = "" if isinstance(state, Running) else self.status.fields["message"]
+            self.status.set(state=published(state), message=message)
+            self.terminal.state(published(state))
+
+    # Coming up.
+
+    def _start(self) -> State:
+        """Cluster and plan at the same time; then agents, then the first incarnation."""
+        self.status.set(state="starting", message="starting the cluster")
+        adopted = self.ground.begin(self.previous.record if self.previous is not None else None)
+        self.planner.begin()
+        try:
+            names = self.ground.come_up(adopt=adopted, check=self._check_start, phase=self._phase)
+        finally:
+            preflight = self.planner.result(check=self._check_start)
+        self._phase("plan")
+        self.entropy = preflight.unigram_entropy
+        self.status.set(message="starting the workers", unigram_entropy=self.entropy)
+        self.terminal.plan(f"run {self.config.run.name} in {self.run_dir}", self._plan_rows(preflight.plan))
+        self.terminal.begin_progress(step=self.status.fields["step"], steps=self.config.run.steps)
+        self.logs = LogMonitor(self.run_dir.logs, write=self.terminal.line, node_of=self._node_of)
+        if self.previous is not None and self.previous.state in ("starting", "running", "diagnosing", "recovering"):
+            self._driver_loss(self.previous, adopted=adopted)
+        self.now_running = Incarnation(
+            self.ground, self.config, self.planner, names=names, number=self.status.fields["incarnation"],
+            run_id=self.run_id, completed=self.status.fields["step"],
+        )  # fmt: skip
+        self._order()
+        return Starting(self.began)
+
+    def _plan_rows(self, plan: Any) -> list[tuple[str, str]]:
+        write_json(self.run_dir.plan, plan.to_json())
+        rows = list(plan.table())
+        if self.entropy is not None:
+            rows.append(("unigram entropy", f"{self.entropy:.4f} nats: what a model knows that only counts bytes"))
+        return rows
+
+    def _driver_loss(self, previous: Previous, *, adopted: bool) -> None:
+        what = "agents and stores were taken over" if adopted else "no cluster was left to take over"
+        message = f"the driver of incarnation {previous.incarnation} ended without a word; {what}"
+        age = max(0.0, now() - previous.time)
+        self.ledger.open(Incident("driver_loss", message, self.began, step=previous.step, detected_seconds=age))
+
+    def _check_start(self) -> None:
+        """While the run comes up: hear the signals, and errors of the plan as soon as they are known."""
+        self._housekeeping()
+        self.planner.check()
+        kept = []
+        while not self.events.empty():
+            event = self.events.get()
+            if isinstance(event, StopAsked):
+                self.stop = event
+            else:
+                kept.append(event)
+        for event in kept:
+            self.events.put(event)
+        if self.stop is not None:
+            raise Stopped
+
+    def _phase(self, name: str) -> None:
+        self.phases[name] = round(time.monotonic() - self.began, 3)
+
+    # Events.
+
+    def _next_event(self) -> Event:
+        self._housekeeping()
+        try:
+            return self.events.get(timeout=TICK_SECONDS)
+        except queue.Empty:
+            return Tick()
+
+    def _handle(self, state: State, event: Event) -> State:
+        match event:
+            case StopAsked():
+                return self._on_stop(state, event)
+            case NodeLost():
+                return self._on_node_lost(state, event)
+            case FromNode():
+                return self._on_news(state, event)
+            case Tick():
+                return self._diagnose(state) if isinstance(state, Diagnosing) else state
+
+    def _on_stop(self, state: State, event: StopAsked) -> State:
+        first, self.stop = self.stop is None, event
+        if not first:
+            return Interrupted(f"{event.reason}: stopped at once", event.exit_code)
+        running = self._running()
+        self.terminal.line(f"{event.reason}: a checkpoint, then the end (again: at once)")
+        self.status.set(message=f"{event.reason}: stopping with a checkpoint")
+        if isinstance(state, Starting) and running.origin.kind != "memory":
+            return Interrupted(f"{event.reason}: stopped before the first step", event.exit_code)
+        if isinstance(state, Running):
+            self.ground.fleet.call_all("stop")
+        return state
+
+    def _on_node_lost(self, state: State, event: NodeLost) -> State:
+        running = self._running()
+        if event.node not in self.ground.fleet.nodes:
+            return state
+        if event.node not in running.seats.values():
+            self.ground.lose(event.node)
+            running.drop_spare(event.node)
+            self.terminal.line(f"spare node {event.node} is lost: {event.message}")
+            return state
+        diagnosing = self._symptom(state, event.at)
+        diagnosing.symptoms.nodes[event.node] = (event.message, event.silent_seconds)
+        return self._diagnose(diagnosing)
+
+    def _on_news(self, state: State, event: FromNode) -> State:
+        what = event.what
+        match what["type"]:
+            case "said":
+                return self._on_said(state, event, what["rank"], what["message"])
+            case "exited":
+                diagnosing = self._symptom(state, event.at)
+                age = max(0.0, now() - what["time"])
+                diagnosing.symptoms.exits[what["rank"]] = Exit(what["code"], age)
+                return self._diagnose(diagnosing)
+            case "zygote":
+                self.phases["imports"] = max(self.phases.get("imports", 0.0), round(what["seconds"], 3))
+            case "zygote_ended":
+                if isinstance(state, Starting) and what["message"].strip():
+                    raise TrainrtError(f"node {event.node}: workers cannot be made:\n{what['message'].strip()}")
+            case "store_ended":
+                self.ground.store_changed(event.node, None)
+                self.protection.store_lost(event.node, at=event.at, step=self._running().completed)
+                self.terminal.line(f"the store of node {event.node} died and is started again")
+            case "store_started":
+                self.ground.store_changed(event.node, what["store"])
+                self._running().configure_stores()
+            case "store_failed":
+                self.terminal.line(f"the store of node {event.node} does not come back: {what['message']}")
+        return state
+
+    def _on_said(self, state: State, event: FromNode, rank: int, message: dict[str, Any]) -> State:
+        running = self._running()
+        match message["op"]:
+            case "step":
+                if running.progress.step(rank, message["step"]):
+                    return self._stepped(state)
+            case "metrics":
+                self._on_metrics(message["line"])
+            case "phase":
+                self.phases[message["name"]] = max(self.phases.get(message["name"], 0.0), round(message["seconds"], 3))
+            case "incident":
+                self.ledger.write({**message["incident"], "time": now()})
+            case "lost":
+                diagnosing = self._symptom(state, event.at)
+                diagnosing.symptoms.parked[rank] = message["message"]
+                return self._diagnose(diagnosing)
+            case "error":
+                diagnosing = self._symptom(state, event.at)
+                diagnosing.symptoms.errors[rank] = Error(message["kind"], message["message"], message.get("step"))
+                if self.logs is not None:
+                    self.logs.report(message["message"])
+                return self._diagnose(diagnosing)
+            case "finished":
+                self.checkpoint = message["checkpoint"] or self.checkpoint
+                running.finished[rank] = message["outcome"]
+                if len(running.finished) == running.world_size and not isinstance(state, Diagnosing):
+                    return self._all_finished(message["step"])
+        return state
+
+    # Steps.
+
+    def _stepped(self, state: State) -> State:
+        """All ranks completed one more step."""
+        running = self._running()
+        self.status.step(running.completed)
+        if isinstance(state, Starting):
+            self._phase("total")
+            self.status.set(start=self.phases)
+            return Running(time.monotonic())
+        return Running(time.monotonic()) if isinstance(state, Recovering) else state
+
+    def _recovered(self) -> None:
+        """Steps are being completed (again)."""
+        self.ledger.close_all(recovered=True)
+        if self.dashboard is None and self.config.diagnostics.dashboard:
+            self.dashboard = Dashboard(self.run_dir, port=self.config.diagnostics.port)
+            self.terminal.line(f"live page: {self.dashboard.address}")
+            self.status.set(dashboard=self.dashboard.address)
+        if self.stop is not None:
+            self.ground.fleet.call_all("stop")
+
+    def _on_metrics(self, line: dict[str, Any]) -> None:
+        append_metrics(self.run_dir, line)
+        self.last_metrics = line
+        self.terminal.metrics(line, steps=self.config.run.steps)
+
+    def _all_finished(self, step: int) -> State:
+        self.ledger.close_all(recovered=True)
+        self.status.step(step)
+        outcomes = set(self._running().finished.values())
+        self.ground.fleet.call_all("end_workers", at_once=False)
+        if outcomes == {"finished"}:
+            return Finished(f"finished at step {step}")
+        assert self.stop is not None
+        return Interrupted(f"{self.stop.reason}: stopped at step {step} with a checkpoint", self.stop.exit_code)
+
+    # Faults.
+
+    def _symptom(self, state: State, at: float) -> Diagnosing:
+        if isinstance(state, Diagnosing):
+            return state
+        return Diagnosing(at, Symptoms(self._running().seats))
+
+    def _diagnose(self, state: Diagnosing) -> State:
+        """Wait until every rank is accounted for and the cause is known, or known to stay unknown."""
+        symptoms, waited = state.symptoms, time.monotonic() - state.since
+        unaccounted = symptoms.unaccounted()
+        if unaccounted:
+            if waited > PARK_SECONDS and not state.killed:
+                state.killed = True
+                symptoms.ended_by_us.update(unaccounted)
+                self.ground.fleet.tell("kill", {self._node_of(rank) or "": (unaccounted,) for rank in unaccounted})
+            if waited > GIVE_UP_SECONDS:
+                raise TrainrtError(f"ranks {unaccounted} can neither be reached nor ended")
+            return state
+        if not symptoms.explained and not symptoms.ended_by_us and waited < EXPLAIN_SECONDS:
+            return state
+        if state.resume_at is None:
+            self._judge(state)
+        if state.failure is not None:
+            return Failed(state.failure)
+        if state.resume_at is not None and time.monotonic() >= state.resume_at:
+            return self._resume(state)
+        return state
+
+    def _judge(self, state: Diagnosing) -> None:
+        """Name the fault, and decide whether to try again, and when."""
+        running, fault = self._running(), state.symptoms.fault()
+        incident = Incident(
+            fault.kind, fault.message, state.since, ranks=list(fault.ranks), nodes=list(fault.nodes),
+            step=running.completed, detected_seconds=fault.detected_seconds,
+        )  # fmt: skip
+        self.ledger.open(incident)
+        self.status.set(message=fault.message)
+        state.failure = self.patience.fault(fault, completed=running.completed)
+        state.resume_at = time.monotonic() + self.patience.delay_seconds
+        if state.failure is not None:
+            incident.action = "stop"
+        self._say(fault, stopping=state.failure is not None)
+
+    def _say(self, fault: Fault, *, stopping: bool) -> None:
+        """A fault on the terminal; an error that repeats itself is told once, at the end."""
+        if not stopping:
+            logs = "" if fault.kind != "user_error" else f"; traceback: {self.run_dir.log(fault.ranks[0])}"
+            self.terminal.line(f"{fault.kind}: {fault.message}{logs}")
+
+    def _resume(self, state: Diagnosing) -> State:
+        """Give the ranks seats and order the next incarnation."""
+        running = self._running()
+        incident = self.ledger.pending[-1]
+        lost = list(state.symptoms.nodes)
+        if lost:
+            try:
+                incident.action = running.replace(lost, check=self._check_start)
+            except PlanError as error:
+                incident.action = "stop"
+                return Failed(f"{incident.message}; no spare is left and the mesh cannot shrink: {error}")
+            write_json(self.run_dir.plan, running.plan.to_json())
+        self._order()
+        return Recovering(time.monotonic())
+
+    def _order(self) -> None:
+        """Order the next incarnation from the newest state there is."""
+        running = self._running()
+        origin, steps_lost = running.order()
+        for incident in self.ledger.pending:
+            if incident.restored_from == "none":
+                incident.restored_from, incident.steps_lost = origin.kind, steps_lost
+        self.protection.ordered(running)
+        self.status.set(incarnation=running.number, world_size=running.world_size, step=running.completed)
+
+    # What is done all the time.
+
+    def _housekeeping(self) -> None:
+        """Lease, stop request, cluster.json, protection."""
+        ground = self.ground
+        if hasattr(ground, "cluster"):
+            ground.folder.renew_lease()
+            self.processes.update(
+                incarnation=self.status.fields["incarnation"],
+                agents={node: ground.fleet.processes[node] for node in list(ground.fleet.processes)},
+                raylets=ground.cluster.raylets(),
+            )  # fmt: skip
+        if self.stop is None and self.run_dir.stop_request.exists():
+            self.events.put(StopAsked("trainrt stop", TERMINATED))
+            self.run_dir.stop_request.unlink(missing_ok=True)
+        if self.now_running is not None:
+            self.status.set(protection=self.protection.level(self.now_running))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C become events; not possible outside of the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        wanted = {signal.SIGTERM: StopAsked("SIGTERM", TERMINATED), signal.SIGINT: StopAsked("Ctrl-C", CTRL_C)}
+        before = {number: signal.getsignal(number) for number in wanted}
+
+        def hear(number: int, _: Any) -> None:
+            self.events.put(wanted[signal.Signals(number)])
+
+        for number in wanted:
+            signal.signal(number, hear)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _running(self) -> Incarnation:
+        assert self.now_running is not None
+        return self.now_running
+
+    def _node_of(self, rank: int) -> str | None:
+        return None if self.now_running is None else self.now_running.seats.get(rank)
+
+    # The end.
+
+    def _close(self, state: State) -> None:
+        """End everything of this run, then say so in the files."""
+        self.status.set(message="ending")
+        self.ledger.close_all(recovered=False)
+        if self.dashboard is not None:
+            self.dashboard.close()
+        self.ground.close()
+        if self.logs is not None:
+            self.logs.close()
+        self.terminal.end_progress()
+        self.processes.clear(incarnation=self.status.fields["incarnation"])
+        self.run_dir.compact_metrics()
+        self.run_dir.stop_request.unlink(missing_ok=True)
+        if isinstance(state, Final):
+            self.status.set(state=published(state), message=state.message)
+        else:
+            self.status.set(state="failed", message="the driver failed")
+
+    def _report(self, state: State) -> int:
+        """The summary; a failure is an exception with the message that the command shows."""
+        assert isinstance(state, Final)
+        if isinstance(state, Failed):
+            if state.exit_code == UserError.exit_code:
+                raise ConfigError(state.message)
+            raise TrainrtError(state.message)
+        rows = [(published(state), state.message)]
+        if self.last_metrics is not None:
+            loss = f"{self.last_metrics['loss']:.4f}"
+            known = "" if self.entropy is None else f" (unigram entropy {self.entropy:.4f})"
+            rows.append(("loss", f"{loss}{known}"))
+        if self.checkpoint is not None:
+            rows.append(("checkpoint", self.checkpoint))
+        rows.append(("metrics", str(self.run_dir.metrics)))
+        if self.run_dir.incidents.exists():
+            rows.append(("incidents", str(self.run_dir.incidents)))
+        rows.append(("logs", str(self.run_dir.logs)))
+        command = next_command(
+            published(state), run_dir=str(self.run_dir), checkpoint=self.checkpoint, command=self.request.command
+        )
+        self.terminal.summary([*rows, ("next", command)])
+        return state.exit_code
+
+
+def new_run_id() -> str:
+    """Short: it is part of the paths of sockets."""
+    import secrets
+
+    return secrets.token_hex(4)

@@ -1,0 +1,199 @@
+"""An incarnation: which rank sits on which node, from what state it began, and what it has completed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from trainrt.config import JobConfig, MeshSize
+from trainrt.errors import PlanError
+from trainrt.launch.ground import Ground, newest_checkpoint
+from trainrt.launch.recovery import Origin, Progress, choose_origin, largest_world, seat_ranks
+
+if TYPE_CHECKING:
+    from trainrt.parallel.plan import Plan
+    from trainrt.training.planning import Preflight
+
+
+class Planner:
+    """Plans, made beside whatever the driver waits for: they need torch, and the model on the meta device."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self._config = config
+        self._result: Preflight | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="plan", daemon=True)
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            from trainrt.training.planning import preflight
+
+            self._result = preflight(self._config, world_size=self._config.world_size)
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what the plan raised, if it has."""
+        if self._error is not None:
+            raise self._error
+
+    def result(self, *, check: Callable[[], None]) -> Preflight:
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            check()
+        self.check()
+        assert self._result is not None
+        return self._result
+
+    def plan(self, size: MeshSize | int) -> Plan:
+        """A plan for fewer ranks. Raises PlanError where there is none."""
+        from trainrt.training.planning import make_plan
+
+        if isinstance(size, int):
+            return make_plan(self._config, world_size=size)
+        return make_plan(self._config, world_size=size.world_size, mesh=size)
+
+
+class Incarnation:
+    """The ranks of a run. `order` starts the next incarnation of them; `replace` finds new seats before that."""
+
+    def __init__(
+        self, ground: Ground, config: JobConfig, planner: Planner, *,
+        names: list[str], number: int, run_id: str, completed: int,
+    ) -> None:  # fmt: skip
+        self._ground, self._config, self._planner, self._run_id = ground, config, planner, run_id
+        self.number = number
+        self._nodes = names[: config.cluster.nodes]
+        self._spares = names[config.cluster.nodes :]
+        self.finished: dict[int, str] = {}
+        self.origin = Origin("none", 0)
+        self._rendezvous: Any = None
+        self.plan = planner.result(check=lambda: None).plan
+        if len(self._nodes) < config.cluster.nodes:
+            self._fit()
+        self._seat()
+        self.progress = Progress(self.world_size, done=completed)
+
+    @property
+    def world_size(self) -> int:
+        return self.plan.mesh.world_size
+
+    @property
+    def completed(self) -> int:
+        """Steps completed by all ranks."""
+        return self.progress.completed
+
+    def _seat(self) -> None:
+        self.seats = seat_ranks(self.world_size, self._nodes, workers_per_node=self._config.cluster.workers_per_node)
+
+    def _fit(self) -> None:
+        """Plan for the nodes that are left. Raises PlanError where nothing fits."""
+        size = largest_world(self._config, available=len(self._nodes) * self._config.cluster.workers_per_node)
+        while True:
+            try:
+                self.plan = self._planner.plan(size)
+                return
+            except PlanError:
+                if isinstance(size, MeshSize) or size == 1:
+                    raise
+                size -= 1
+
+    # Seats.
+
+    def replace(self, lost: list[str], *, check: Callable[[], None]) -> str:
+        """Find other seats for the ranks of lost nodes. Returns the action: restart, replace or shrink.
+
+        Raises PlanError where too few nodes are left for any mesh.
+        """
+        action = "restart"
+        for node in lost:
+            place = self._ground.in_place(node)
+            self._ground.lose(node)
+            if place is not None:
+                # Ray's node lives: only the agent died.
+                self._ground.add([place], check=check)
+                continue
+            spare = self._take_spare(check=check)
+            position = self._nodes.index(node)
+            if spare is not None:
+                self._nodes[position] = spare
+                action = "replace" if action == "restart" else action
+            else:
+                del self._nodes[position]
+                action = "shrink"
+        if action == "shrink":
+            self._fit()
+        self._seat()
+        return action
+
+    def drop_spare(self, node: str) -> None:
+        if node in self._spares:
+            self._spares.remove(node)
+
+    def _take_spare(self, *, check: Callable[[], None]) -> str | None:
+        if self._spares:
+            return self._spares.pop(0)
+        site = self._ground.unused()
+        if site is None:
+            return None
+        self._ground.add([site], check=check)
+        return site.name
+
+    # Orders.
+
+    def order(self) -> tuple[Origin, int]:
+        """Start the next incarnation. Returns where its state comes from, and how many completed steps are redone."""
+        before = self.completed
+        self.number += 1
+        generation = self._ground.stores.newest()
+        self.origin = choose_origin(generation, newest_checkpoint(self._ground.run_dir))
+        self.progress = Progress(self.world_size, done=self.origin.step)
+        self.finished.clear()
+        self.configure_stores()
+        specs: dict[str, list[dict[str, Any]]] = {}
+        for rank, node in self.seats.items():
+            specs.setdefault(node, []).append(self._spec(rank, node, local_rank=len(specs.get(node, []))))
+        idle = [node for node in self._ground.fleet.nodes if node not in specs]
+        arguments: dict[str, tuple[Any, ...]] = {node: (orders,) for node, orders in specs.items()}
+        self._ground.fleet.call("start", {**arguments, **{node: ([],) for node in idle}})
+        return self.origin, max(0, before - self.origin.step)
+
+    def configure_stores(self) -> None:
+        self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats)
+
+    @property
+    def stores_retired(self) -> bool:
+        return self._ground.stores.retired
+
+    def committed(self) -> bool:
+        """Whether the stores that serve ranks now hold a generation newer than what was restored."""
+        newest = self._ground.stores.newest(active_only=True)
+        return newest is not None and newest > self.origin.step
+
+    def forget_retired(self) -> None:
+        self._ground.stores.forget_retired()
+
+    def _spec(self, rank: int, node: str, *, local_rank: int) -> dict[str, Any]:
+        from trainrt.parallel.plan import mesh_json
+
+        ground = self._ground
+        return {
+            "run_dir": str(ground.run_dir), "run_id": self._run_id, "token": ground.secret, "incarnation": self.number,
+            "rank": rank, "world_size": self.world_size, "local_rank": local_rank, "node": node,
+            "rendezvous": self._rendezvous_address(), "mesh": mesh_json(self.plan.mesh),
+            "store": ground.stores.of(node), "stores": ground.stores.addresses(), "restore": self.origin.to_json(),
+            "device": ground.device, "steps": self._config.run.steps,
+        }  # fmt: skip
+
+    def _rendezvous_address(self) -> str:
+        """The store through which ranks find each other, in this process for the whole run."""
+        import torch.distributed as dist
+
+        host = self._ground.driver_host()
+        if self._rendezvous is None:
+            self._rendezvous = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return f"{host}:{self._rendezvous.port}"
