@@ -1,0 +1,63 @@
+"""Rows x columns, each cell run for real on gloo ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conformance.rows import ROWS, Row
+from tests.jobs import job
+from tests.state import Trained
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs shared by the cells: (kind, mesh, sections, steps) to what it left."""
+    made: dict[str, Trained] = {}
+
+    def get(row: Row, mesh: dict[str, int], steps: int) -> Trained:
+        key = repr((row.kind, mesh, row.sections, steps))
+        if key not in made:
+            config = job(row.kind, mesh=mesh, **row.sections)
+            made[key] = Trained(config, tmp_path_factory.mktemp("trained"), steps=steps)
+        return made[key]
+
+    return get
+
+
+def worst(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+    return max(abs(x - y) / abs(y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_parity(row: Row, trained: Any, record_property: Any) -> None:
+    record_property("cell", (row.name, "parity"))
+    assert worst(trained(row, row.mesh, STEPS).losses, trained(row, {}, STEPS).losses) < row.tolerance
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_layout_digest(row: Row, trained: Any, record_property: Any) -> None:
+    record_property("cell", (row.name, "layout digest"))
+    fresh, single = trained(row, row.mesh, 0).digests(), trained(row, {}, 0).digests()
+    assert fresh == single
+    assert trained(row, row.mesh, STEPS).digests().keys() == fresh.keys()
+    assert trained(row, row.mesh, STEPS).digests() != fresh, "negative control: trained state differs"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_resume_on_another_mesh(row: Row, trained: Any, record_property: Any, tmp_path: Path) -> None:
+    record_property("cell", (row.name, "resume on another mesh"))
+    before = trained(row, row.mesh, STEPS)
+    checkpoint = before.checkpoint()
+    config = job(row.kind, mesh=row.other, **row.sections)
+    loaded = Trained(config, tmp_path / "loaded", start=checkpoint, first=STEPS + 1)
+    assert loaded.digests() == before.digests()
+    same = {key: loaded.metadata[key] for key in ("step", "updates", "scheduler", "data")}
+    assert same == {key: before.metadata[key] for key in same}
+    here = Trained(before.config, tmp_path / "here", start=checkpoint, steps=2, first=STEPS + 1)
+    there = Trained(config, tmp_path / "there", start=checkpoint, steps=2, first=STEPS + 1)
+    assert worst(there.losses, here.losses) < row.tolerance

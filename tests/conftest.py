@@ -1,0 +1,10 @@
+"""Options of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-conformance", action="store_true", help="write docs/conformance.md from this run")
+    parser.addoption("--campaign", action="store_true", help="run the long forms of the campaigns")

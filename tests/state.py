@@ -1,0 +1,66 @@
+"""The consolidated state of engines on real ranks: packed by the plan's layout, read back as one Source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.jobs import engine, train
+from tests.ranks import run_ranks
+from trainrt.checkpoint.source import MemorySource, Source, digest
+from trainrt.checkpoint.universal import Universal, WritePlan, write
+from trainrt.config import JobConfig
+from trainrt.parallel.layout import Key, Layout
+
+
+def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, first: int, target: str) -> Any:
+    from trainrt.training.job import progress_of
+    from trainrt.training.manifest import constant_metadata, step_metadata
+    from trainrt.training.pipeline import Pipeline
+    from trainrt.training.state import Snapshotter, restore
+
+    made = engine(config, rank)
+    if start is not None:
+        source = Universal.open(Path(start))
+        restore(made, source)
+        done, made.updates = progress_of(source)
+        assert done == first - 1
+    losses = [(result.loss, result.grad_norm) for result in train(made, config, steps=steps, first=first)]
+    snapshotter = Snapshotter(made)
+    buffer = np.zeros(snapshotter.bytes, np.uint8)
+    snapshotter.copy_into(buffer)
+    np.save(f"{target}/rank-{rank}.npy", buffer)
+    metadata = None
+    if rank == 0:
+        constants = constant_metadata("test", config, pipeline=Pipeline(), plan=made.plan)
+        done = first + steps - 1
+        metadata = {**constants, **step_metadata(made, done, steps=config.run.steps, corpus_digest=None)}
+    return losses, snapshotter.layout.to_json(), metadata
+
+
+class Trained:
+    """What `steps` steps on a mesh left: losses, and the state of all ranks as a Source."""
+
+    def __init__(self, config: JobConfig, folder: Path, *, start: Path | None = None, steps: int = 0, first: int = 1) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = run_ranks(
+            config.world_size, _rank_main, config, str(start) if start else None, steps, first, str(folder), timeout=180
+        )
+        self.config, self.folder = config, folder
+        self.losses: list[tuple[float, float]] = results[0][0]
+        self.metadata: dict[str, Any] = results[0][2]
+        layout = Layout()
+        storages = {}
+        for rank, (_, part, _) in enumerate(results):
+            layout.merge(Layout.from_json(part))
+            storages[rank, "state"] = np.load(folder / f"rank-{rank}.npy")
+        self.source: Source = MemorySource(layout, storages)
+
+    def digests(self, roles: set[str] | None = None) -> dict[Key, str]:
+        return digest(self.source, roles=roles)
+
+    def checkpoint(self) -> Path:
+        plan = WritePlan.build(self.source.layout, self.metadata, writers=["a"], writer_of_rank={})
+        return write(plan, self.folder, self.source)
