@@ -1,0 +1,238 @@
+"""The universal checkpoint: whole or refused, loadable anywhere, and in Hugging Face as it stands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.jobs import job
+from tests.reference import validate
+from tests.state import Trained
+from trainrt.checkpoint.inspect import inspect, verify
+from trainrt.checkpoint.source import MemorySource, digest
+from trainrt.checkpoint.universal import Universal, WritePlan, complete, finish, newest, prepare, prune, write_part
+from trainrt.errors import CheckpointError
+from trainrt.parallel.layout import Box, Fragment, Layout, LogicalTensor
+
+METADATA: dict[str, Any] = {"step": 7, "run_id": "r", "model_config": {"a": 1}, "aliases": {}, "optimizer": {"steps": {}}}
+
+
+def small_state() -> MemorySource:
+    """Two ranks: a matrix cut over rows, a bf16 one cut over columns, a vector on both, an empty tensor, a scalar."""
+    rng = np.random.default_rng(0)
+    layout, storages = Layout(), {}
+    matrix = LogicalTensor("a.weight", "parameter", "float32", (5, 4))
+    columns = LogicalTensor("b.weight", "parameter", "bfloat16", (3, 8))
+    vector = LogicalTensor("c", "exp_avg", "float32", (6,))
+    empty = LogicalTensor("d", "parameter", "float32", (0, 4))
+    scalar = LogicalTensor("e", "buffer", "int64", ())
+    shared = rng.integers(0, 255, 24, np.uint8)
+    for rank, (first, rows) in enumerate([(0, 3), (3, 2)]):
+        storages[rank, "state"] = rng.integers(0, 255, 256, np.uint8)
+        storages[rank, "state"][128:152] = shared
+        storages[rank, "state"][160:168] = 7
+        layout.add(matrix, Fragment(rank, Box((first, 0), (rows, 4)), "state", (4, 1)))
+        layout.add(columns, Fragment(rank, Box((0, 4 * rank), (3, 4)), "state", (4, 1), base=64))
+        layout.add(vector, Fragment(rank, Box((0,), (6,)), "state", (1,), base=128))
+        layout.add(scalar, Fragment(rank, Box((), ()), "state", (), base=160))
+    layout.add(empty)
+    return MemorySource(layout, storages)
+
+
+def save(folder: Path, source: MemorySource, metadata: dict[str, Any] = METADATA) -> Path:
+    plan = WritePlan.build(source.layout, metadata, writers=["x", "y"], writer_of_rank={0: "x", 1: "y"})
+    plan = WritePlan.from_json(json.loads(json.dumps(plan.to_json())))
+    prepare(plan, folder)
+    return finish(plan, folder, [r for name in ("x", "y") for r in write_part(plan, folder, name, source)])
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    source = small_state()
+    path = save(tmp_path, source)
+    assert path.name == "step-00000007"
+    assert digest(Universal.open(path)) == digest(source)
+    assert verify(path)["ok"]
+    validate("checkpoint-inspect", inspect(path))
+    validate("checkpoint-verify", verify(path))
+    validate("manifest", json.loads((path / "manifest.json").read_text()))
+
+
+def test_both_writers_take_part_and_no_range_is_written_twice() -> None:
+    source = small_state()
+    plan = WritePlan.build(source.layout, METADATA, writers=["x", "y"], writer_of_rank={0: "x", 1: "y"})
+    assert {chunk.writer for chunk in plan.chunks} == {"x", "y"}
+    ranges = sorted((chunk.file, chunk.offset, chunk.offset + chunk.length) for chunk in plan.chunks)
+    for (file, _, stop), (next_file, start, _) in zip(ranges, ranges[1:], strict=False):
+        assert file != next_file or stop <= start
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def read_everything(path: Path) -> None:
+    digest(Universal.open(path))
+
+
+def test_a_flipped_bit_anywhere_is_found_before_a_tensor_is_used(tmp_path: Path) -> None:
+    path = save(tmp_path, small_state())
+    rng = random.Random(1)
+    for file in files_of(path):
+        original = file.read_bytes()
+        for _ in range(16):
+            at, bit = rng.randrange(len(original)), rng.randrange(8)
+            damaged = bytearray(original)
+            damaged[at] ^= 1 << bit
+            file.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                read_everything(path)
+            report = verify(path)
+            assert not report["ok"], f"{file} byte {at} bit {bit}"
+            assert report["problems"]
+        file.write_bytes(original)
+    read_everything(path)
+    assert verify(path)["ok"]
+
+
+def test_truncated_missing_and_extra_files_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path, small_state())
+    for file in files_of(path):
+        if file.name in ("COMMIT", "manifest.json"):
+            continue
+        original, name = file.read_bytes(), str(file.relative_to(path))
+        file.write_bytes(original[:-1])
+        assert name in {problem["file"] for problem in verify(path)["problems"]}
+        file.unlink()
+        with pytest.raises(CheckpointError, match=name):
+            Universal.open(path)
+        file.write_bytes(original)
+    (path / "model" / "more").write_text("x")
+    assert verify(path)["problems"][0] | {"message": ""} == {
+        "file": "model/more", "tensor": None, "kind": "extra", "message": "",
+    }  # fmt: skip
+
+
+def recommit(path: Path, text: str) -> None:
+    (path / "manifest.json").write_text(text)
+    (path / "COMMIT").write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"trainrt-universal/1"', '"trainrt-universal/9"', "trainrt-universal/9"),
+        ('"schema":', '"schema": "x", "schema":', "twice"),
+        ('"model/config.json"', '"../config.json"', "relative path inside"),
+        ('"model/config.json"', '"/etc/passwd"', "relative path inside"),
+    ],
+)
+def test_hostile_manifests_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = save(tmp_path, small_state())
+    recommit(path, (path / "manifest.json").read_text().replace(old, new, 1))
+    with pytest.raises(CheckpointError, match=message):
+        Universal.open(path)
+
+
+def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, small_state())
+    file = path / "model" / "config.json"
+    shutil.move(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        Universal.open(path)
+
+
+def test_without_commit_it_is_no_checkpoint(tmp_path: Path) -> None:
+    path = save(tmp_path, small_state())
+    (path / "COMMIT").unlink()
+    assert newest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="never finished"):
+        Universal.open(path)
+
+
+def test_a_chunk_that_nobody_wrote_leaves_no_checkpoint(tmp_path: Path) -> None:
+    source = small_state()
+    plan = WritePlan.build(source.layout, METADATA, writers=["x"], writer_of_rank={})
+    prepare(plan, tmp_path)
+    with pytest.raises(CheckpointError, match="nobody wrote"):
+        finish(plan, tmp_path, write_part(plan, tmp_path, "x", source)[1:])
+    assert newest(tmp_path) is None
+
+
+def test_prune_keeps_the_newest_and_removes_what_was_never_finished(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, small_state(), {**METADATA, "step": step})
+    (tmp_path / ".step-00000009.partial").mkdir()
+    prune(tmp_path, 2)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def _write_in_process(document: dict[str, Any], folder: str, name: str, queue: Any) -> None:
+    queue.put(write_part(WritePlan.from_json(document), Path(folder), name, small_state()))
+
+
+def test_processes_write_their_parts_at_the_same_time(tmp_path: Path) -> None:
+    source = small_state()
+    plan = WritePlan.build(source.layout, METADATA, writers=["x", "y"], writer_of_rank={0: "x", 1: "y"})
+    prepare(plan, tmp_path)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_write_in_process, args=(plan.to_json(), str(tmp_path), n, queue)) for n in "xy"]
+    for process in processes:
+        process.start()
+    results = [result for _ in processes for result in queue.get(timeout=60)]
+    for process in processes:
+        process.join()
+    assert digest(Universal.open(finish(plan, tmp_path, results))) == digest(source)
+
+
+TIED = {"model": {"config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 32, "tie_word_embeddings": True}}}  # fmt: skip
+MIXTRAL = {"model": {"config": {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64, "max_position_embeddings": 32}}}  # fmt: skip
+BF16 = {"model": {"dtype": "bfloat16"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "ranks"), [({}, 2), (BF16, 2), (TIED, 2), (MIXTRAL, 2)], ids=["fp32", "bf16", "tied", "mixtral"]
+)
+def test_transformers_loads_the_model_directory_as_it_stands(
+    sections: dict[str, Any], ranks: int, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    trained = Trained(job("huggingface", mesh={"fsdp": ranks}, **sections), tmp_path, steps=2)
+    path = trained.checkpoint()
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path / "model", output_loading_info=True, dtype="auto"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert next(model.parameters()).dtype == (torch.bfloat16 if sections is BF16 else torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    from safetensors import safe_open
+
+    ours = {key[0]: value for key, value in trained.digests({"parameter"}).items()}
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        import xxhash
+
+        for name in file.keys():  # noqa: SIM118
+            data = file.get_tensor(name).contiguous().view(torch.uint8).numpy()
+            assert xxhash.xxh3_128_hexdigest(data.tobytes()) == ours[name], name
+
+
+def test_bf16_parameters_are_the_rounded_masters(tmp_path: Path) -> None:
+    import torch
+
+    source = Universal.open(Trained(job(mesh={"fsdp": 2}, **BF16), tmp_path, steps=2).checkpoint())
+    name = "layers.0.self_attn.q_proj.weight"
+    master = torch.from_numpy(source.read(source.layout.tensors[name, "master"], source.layout.fragments[name, "master"][0]).view(np.float32))  # fmt: skip
+    rounded = source.read(source.layout.tensors[name, "parameter"], source.layout.fragments[name, "parameter"][0])
+    assert torch.equal(master.bfloat16().view(torch.int16), torch.from_numpy(rounded.view(np.int16)))
