@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -193,7 +194,7 @@ def report(
         control.send("incident", incident=_skipped(step, result))
     rate = result.tokens / seconds
     line = {
-        "step": step, "loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate,
+        "step": step, "loss": finite(result.loss), "grad_norm": finite(result.grad_norm), "learning_rate": result.learning_rate,
         "tokens": result.tokens, "step_seconds": seconds, "tokens_per_second": rate, "mfu": meter.mfu(rate),
         "snapshot_stall_seconds": stall.seconds, "snapshots_skipped": job.store.skipped if job.store else 0,
         "samples_digest": samples_digest(result.leaf_digests), "incarnation": job.spec.incarnation,
@@ -202,6 +203,11 @@ def report(
     if validation is not None:
         line["validation_loss"] = validation
     control.send("metrics", line=line)
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON knows it: null for what is none."""
+    return value if math.isfinite(value) else None
 
 
 def samples_digest(leaf_digests: list[int]) -> str:
