@@ -15,7 +15,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "trainrt.training.engines.native"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "trainrt.training.engines.native"]
+)
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
@@ -52,7 +54,9 @@ def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[bool, Any]:
         return False, f"rank {rank}: died without a result"
 
 
-def _main(rank: int, ranks: int, store: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _main(
+    rank: int, ranks: int, store: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 

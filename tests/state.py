@@ -43,7 +43,9 @@ def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, firs
 class Trained:
     """What `steps` steps on a mesh left: losses, and the state of all ranks as a Source."""
 
-    def __init__(self, config: JobConfig, folder: Path, *, start: Path | None = None, steps: int = 0, first: int = 1) -> None:
+    def __init__(
+        self, config: JobConfig, folder: Path, *, start: Path | None = None, steps: int = 0, first: int = 1
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         results = run_ranks(
             config.world_size, _rank_main, config, str(start) if start else None, steps, first, str(folder), timeout=180

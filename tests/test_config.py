@@ -27,7 +27,9 @@ def test_an_empty_file_is_a_whole_job(tmp_path: Path) -> None:
 
 def test_overrides_are_toml_values_or_words(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text("[run]\nsteps = 5\n")
-    config = load(tmp_path / "job.toml", ["run.steps=7", "optimizer.betas=[0.8, 0.9]", "run.name=x", "optimizer.warmup_steps=1"])
+    config = load(
+        tmp_path / "job.toml", ["run.steps=7", "optimizer.betas=[0.8, 0.9]", "run.name=x", "optimizer.warmup_steps=1"]
+    )
     assert (config.run.steps, config.optimizer.betas, config.run.name) == (7, (0.8, 0.9), "x")
 
 
@@ -53,7 +55,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"parallel": {**EXPLICIT, "fsdp": 3}}, ["parallel", "1*1*3*1*1 = 3", "cluster.nodes", "= 4"]),
     ({"parallel": {**EXPLICIT, "tp": 4}}, ["parallel.tp = 4", "model.config.kv_heads = 2", "1, 2"]),
     ({"parallel": {**EXPLICIT, "fsdp": 4, "ep": 3}}, ["parallel.ep = 3", "dp*fsdp*cp*tp = 4", "1, 2, 4"]),
-    ({"parallel": {**EXPLICIT, "fsdp": 4, "ep": 4}, "moe": {"experts": 6}}, ["parallel.ep = 4", "moe.experts = 6", "1, 2, 3, 6"]),
+    (
+        {"parallel": {**EXPLICIT, "fsdp": 4, "ep": 4}, "moe": {"experts": 6}},
+        ["parallel.ep = 4", "moe.experts = 6", "1, 2, 3, 6"],
+    ),
     ({"parallel": {**EXPLICIT, "pp": 2, "fsdp": 2}}, ["parallel.pp = 2", "not built yet"]),
     ({"parallel": {**EXPLICIT, "cp": 2, "fsdp": 2}}, ["parallel.cp = 2", "not built yet"]),
     ({"parallel": {**EXPLICIT, "tp": 2, "fsdp": 2, "ep": 2}}, ["parallel.tp = 2", "parallel.ep = 2", "not built yet"]),
@@ -102,7 +107,10 @@ def test_a_model_directory_is_held_against_the_job(tmp_path: Path) -> None:
 
 def test_what_changes_what_is_learned_is_named() -> None:
     old = parse({})
-    assert learned_differences(old, parse({"cluster": {"nodes": 1}, "snapshot": {"every": 5}, "run": {"steps": 200}})) == []
+    assert (
+        learned_differences(old, parse({"cluster": {"nodes": 1}, "snapshot": {"every": 5}, "run": {"steps": 200}}))
+        == []
+    )
     found = learned_differences(old, parse({"optimizer": {"learning_rate": 1e-3}, "run": {"seed": 1}}))
     assert [line.partition(":")[0] for line in found] == ["optimizer.learning_rate", "run.seed"]
     assert "run.steps" in learned_differences(old, parse({"run": {"steps": 50}}))[0]
@@ -124,7 +132,9 @@ def launch(tmp_path: Path, text: str, *options: str) -> subprocess.CompletedProc
         ("", ["--nodes", "x"], "nodes"),
     ],
 )
-def test_the_command_exits_2_at_once_and_writes_nothing(tmp_path: Path, text: str, options: list[str], word: str) -> None:
+def test_the_command_exits_2_at_once_and_writes_nothing(
+    tmp_path: Path, text: str, options: list[str], word: str
+) -> None:
     started = time.monotonic()
     result = launch(tmp_path, text, *options)
     assert (result.returncode, result.stdout) == (2, "")

@@ -23,6 +23,8 @@ app = typer.Typer(
 checkpoint_app = typer.Typer(help="Look into checkpoints and prove that they are whole.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
+SET = "Override a key, such as run.steps=200. May be given often."
+VERIFY = "Accepted; plans of this version are held by tests, not by a trial run."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 RunDirectory = Annotated[Path, typer.Argument(help="The run directory.", metavar="RUN_DIR")]
 
@@ -30,10 +32,10 @@ RunDirectory = Annotated[Path, typer.Argument(help="The run directory.", metavar
 @app.command()
 def launch(
     config: Annotated[Path, typer.Argument(help="The job: a TOML file.", metavar="CONFIG.toml")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as run.steps=200. May be given often.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
     address: Annotated[str | None, typer.Option(help="Ray: local (start an embedded cluster), auto, or HOST:PORT.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes to train on (cluster.nodes).")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="The run directory (run.directory), on storage that all nodes share.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run directory, on storage that all nodes share.")] = None,
     detach: Annotated[bool, typer.Option(help="Return once the run is under way.")] = False,
     force: Annotated[bool, typer.Option(help="Go on in a directory whose job differs in what is learned.")] = False,
 ) -> None:  # fmt: skip
@@ -74,12 +76,12 @@ def stop(run_dir: RunDirectory) -> None:
 
 @app.command()
 def plan(
-    source: Annotated[Path, typer.Argument(help="A job's TOML file, or a Hugging Face model directory.", metavar="CONFIG.toml|HF_CONFIG_DIR")],
+    source: Annotated[Path, typer.Argument(help="A job, or a model directory.", metavar="CONFIG.toml|HF_CONFIG_DIR")],
     nodes: Annotated[int | None, typer.Option(help="Nodes (cluster.nodes).")] = None,
     devices_per_node: Annotated[int | None, typer.Option(help="Devices of a node (cluster.workers_per_node).")] = None,
     device: Annotated[str | None, typer.Option(help="Device to plan for, such as h100.")] = None,
     mesh: Annotated[str | None, typer.Option(help='The mesh, such as "tp=2,fsdp=4"; else the best one is looked for.')] = None,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Accepted; plans of this version are held by tests, not by a trial run.")] = True,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help=VERIFY)] = True,
     explain: Annotated[str | None, typer.Option(metavar="TENSOR", help="Where one tensor lies, and why.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -92,12 +94,16 @@ def plan(
     if explain is not None:
         found = [entry for entry in document["parameters"] if entry["name"] == explain]
         if not found:
-            raise ConfigError(f"--explain {explain}: no such tensor{nearest(explain, [e['name'] for e in document['parameters']])}")
+            raise ConfigError(
+                f"--explain {explain}: no such tensor{nearest(explain, [e['name'] for e in document['parameters']])}"
+            )
         document = found[0]
     if as_json:
         _print_json(document)
     else:
-        _print_rows("plan", made.table() if explain is None else [(key, _text(value)) for key, value in document.items()])
+        _print_rows(
+            "plan", made.table() if explain is None else [(key, _text(value)) for key, value in document.items()]
+        )
 
 
 @checkpoint_app.command("inspect")
@@ -109,9 +115,13 @@ def inspect_checkpoint(path: Annotated[Path, typer.Argument(help="A checkpoint."
     if as_json:
         _print_json(document)
         return
-    table = Table("name", "role", "dtype", "shape", "digest", title=f"{document['format']} checkpoint of step {document['step']}")
+    table = Table(
+        "name", "role", "dtype", "shape", "digest", title=f"{document['format']} checkpoint of step {document['step']}"
+    )
     for tensor in document["tensors"]:
-        table.add_row(tensor["name"], tensor["role"], tensor["dtype"], "x".join(map(str, tensor["shape"])), tensor["digest"])
+        table.add_row(
+            tensor["name"], tensor["role"], tensor["dtype"], "x".join(map(str, tensor["shape"])), tensor["digest"]
+        )
     Console().print(table)
 
 

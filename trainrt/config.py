@@ -263,7 +263,9 @@ def learned_differences(old: JobConfig, new: JobConfig) -> list[str]:
         if (key.partition(".")[0] in LEARNED and key not in STRATEGY_KEYS)
         or key in ("run.seed", "run.deterministic", "run.pipeline")
     )  # fmt: skip
-    found = [f"{key}: {before.get(key)!r} became {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
+    found = [
+        f"{key}: {before.get(key)!r} became {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)
+    ]
     if new.run.steps < old.run.steps:
         found.append(f"run.steps: {old.run.steps} became {new.run.steps} (it may grow)")
     return found
@@ -310,7 +312,9 @@ def _resolve_paths(document: dict[str, Any], base: Path) -> None:
 def _explain(error: ValidationError, root: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str]:
     """pydantic's errors as one line each: key, value, what is allowed, the nearest spelling."""
     for entry in error.errors():
-        parts = [str(part) for part in entry["loc"] if part not in ("int", "str", "tuple") and "literal" not in str(part)]
+        parts = [
+            str(part) for part in entry["loc"] if part not in ("int", "str", "tuple") and "literal" not in str(part)
+        ]
         key = prefix + ".".join(parts)
         if entry["type"] == "extra_forbidden":
             allowed = _allowed_keys(root, parts[:-1])
@@ -449,7 +453,9 @@ def _huggingface_problems(config: JobConfig, mesh: MeshSize) -> Iterator[str]:
             return
     heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
     if isinstance(heads, int) and isinstance(hidden, int):
-        yield from _head_problems("", hidden, heads, sizes.get("num_key_value_heads") or heads, mesh.tp, sizes.get("head_dim"))
+        yield from _head_problems(
+            "", hidden, heads, sizes.get("num_key_value_heads") or heads, mesh.tp, sizes.get("head_dim")
+        )
     longest = sizes.get("max_position_embeddings")
     if isinstance(longest, int) and config.data.sequence_length > longest:
         yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import random
@@ -22,7 +23,13 @@ from trainrt.checkpoint.universal import Universal, WritePlan, complete, finish,
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Box, Fragment, Layout, LogicalTensor
 
-METADATA: dict[str, Any] = {"step": 7, "run_id": "r", "model_config": {"a": 1}, "aliases": {}, "optimizer": {"steps": {}}}
+METADATA: dict[str, Any] = {
+    "step": 7,
+    "run_id": "r",
+    "model_config": {"a": 1},
+    "aliases": {},
+    "optimizer": {"steps": {}},
+}
 
 
 def small_state() -> MemorySource:
@@ -70,7 +77,7 @@ def test_both_writers_take_part_and_no_range_is_written_twice() -> None:
     plan = WritePlan.build(source.layout, METADATA, writers=["x", "y"], writer_of_rank={0: "x", 1: "y"})
     assert {chunk.writer for chunk in plan.chunks} == {"x", "y"}
     ranges = sorted((chunk.file, chunk.offset, chunk.offset + chunk.length) for chunk in plan.chunks)
-    for (file, _, stop), (next_file, start, _) in zip(ranges, ranges[1:], strict=False):
+    for (file, _, stop), (next_file, start, _) in itertools.pairwise(ranges):
         assert file != next_file or stop <= start
 
 
@@ -186,7 +193,9 @@ def test_processes_write_their_parts_at_the_same_time(tmp_path: Path) -> None:
     prepare(plan, tmp_path)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=_write_in_process, args=(plan.to_json(), str(tmp_path), n, queue)) for n in "xy"]
+    processes = [
+        context.Process(target=_write_in_process, args=(plan.to_json(), str(tmp_path), n, queue)) for n in "xy"
+    ]
     for process in processes:
         process.start()
     results = [result for _ in processes for result in queue.get(timeout=60)]
@@ -195,8 +204,14 @@ def test_processes_write_their_parts_at_the_same_time(tmp_path: Path) -> None:
     assert digest(Universal.open(finish(plan, tmp_path, results))) == digest(source)
 
 
-TIED = {"model": {"config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 32, "tie_word_embeddings": True}}}  # fmt: skip
-MIXTRAL = {"model": {"config": {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64, "max_position_embeddings": 32}}}  # fmt: skip
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+LLAMA = {"model_type": "llama", "intermediate_size": 64, "tie_word_embeddings": True}
+MOE = {"model_type": "mixtral", "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
+TIED = {"model": {"config": {**SIZES, **LLAMA}}}
+MIXTRAL = {"model": {"config": {**SIZES, **MOE}}}
 BF16 = {"model": {"dtype": "bfloat16"}}
 
 
@@ -233,6 +248,10 @@ def test_bf16_parameters_are_the_rounded_masters(tmp_path: Path) -> None:
 
     source = Universal.open(Trained(job(mesh={"fsdp": 2}, **BF16), tmp_path, steps=2).checkpoint())
     name = "layers.0.self_attn.q_proj.weight"
-    master = torch.from_numpy(source.read(source.layout.tensors[name, "master"], source.layout.fragments[name, "master"][0]).view(np.float32))  # fmt: skip
-    rounded = source.read(source.layout.tensors[name, "parameter"], source.layout.fragments[name, "parameter"][0])
-    assert torch.equal(master.bfloat16().view(torch.int16), torch.from_numpy(rounded.view(np.int16)))
+    held = [
+        (source.layout.tensors[name, role], source.layout.fragments[name, role][0]) for role in ("master", "parameter")
+    ]
+    master, rounded = (source.read(*where) for where in held)
+    assert torch.equal(
+        torch.from_numpy(master.view(np.float32)).bfloat16().view(torch.int16), torch.from_numpy(rounded.view(np.int16))
+    )

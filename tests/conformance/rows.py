@@ -22,6 +22,7 @@ class Row:
         return self.mesh.get("dp", 1) * self.mesh.get("fsdp", 1) * self.mesh.get("tp", 1)
 
 
+RECOMPUTE = {"model": {"dtype": "float64", "activation_checkpointing": True}}
 FP64 = {"model": {"dtype": "float64"}}
 ROWS = [
     Row("fsdp 4", {"fsdp": 4}, {"tp": 2, "fsdp": 2}, sections=FP64),
@@ -35,7 +36,7 @@ ROWS = [
     Row("dp 2 x ep 2", {"dp": 2, "fsdp": 2, "ep": 2}, {"fsdp": 4, "ep": 4}, sections=FP64),
     Row("bf16 fsdp 2", {"fsdp": 2}, {"tp": 2}, sections={"model": {"dtype": "bfloat16"}}, tolerance=2e-2),
     Row("bf16 fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2}, sections={"model": {"dtype": "bfloat16"}}, tolerance=2e-2),
-    Row("activation checkpointing, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2}, sections={"model": {"dtype": "float64", "activation_checkpointing": True}}),
+    Row("activation checkpointing, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2}, sections=RECOMPUTE),
     Row("llama fsdp 4", {"fsdp": 4}, {"tp": 2}, kind="huggingface", sections=FP64),
     Row("llama tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"fsdp": 3}, kind="huggingface", sections=FP64),
 ]  # fmt: skip

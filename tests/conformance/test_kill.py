@@ -26,7 +26,10 @@ def config_of(row: Row, tmp_path: Path) -> Any:
     document["model"]["config"] = {**document["model"]["config"], **sizes}
     document["data"] |= {"source": str(text)}
     document["run"] |= {"steps": STEPS, "deterministic": True}
-    document["cluster"] |= {"nodes": 1 if row.ranks == 3 else 2, "workers_per_node": 3 if row.ranks == 3 else row.ranks // 2}
+    document["cluster"] |= {
+        "nodes": 1 if row.ranks == 3 else 2,
+        "workers_per_node": 3 if row.ranks == 3 else row.ranks // 2,
+    }
     document["checkpoint"] |= {"every": 0}
     document["evaluation"] = {"samples": 0}
     document["diagnostics"] |= {"dashboard": False}

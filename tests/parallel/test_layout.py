@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -27,7 +28,7 @@ def whole(shape: tuple[int, ...]) -> tuple[LogicalTensor, np.ndarray]:
 def cut_axis(length: int, cuts: list[int]) -> list[tuple[int, int]]:
     """[0, length) cut at some places into (offset, length), empty ones included."""
     at = [0, *sorted(cut % (length + 1) for cut in cuts), length]
-    return [(a, b - a) for a, b in zip(at, at[1:], strict=False)]
+    return [(a, b - a) for a, b in itertools.pairwise(at)]
 
 
 def grid(draw: Any, shape: tuple[int, ...]) -> list[Box]:
@@ -47,7 +48,9 @@ def placed(draw: Any, shape: tuple[int, ...]) -> Made:
     layout.add(tensor)
     if draw(st.booleans()):
         ranks = draw(st.integers(1, 5))
-        bounds = cut_axis(math.prod(shape), draw(st.lists(st.integers(0, 1000), min_size=ranks - 1, max_size=ranks - 1)))
+        bounds = cut_axis(
+            math.prod(shape), draw(st.lists(st.integers(0, 1000), min_size=ranks - 1, max_size=ranks - 1))
+        )
         for rank, (start, length) in enumerate(bounds):
             storages[rank, "flat"] = data.reshape(-1)[start : start + length].copy().view(np.uint8)
             for box, at in flat_range(shape, start, start + length):
@@ -59,7 +62,9 @@ def placed(draw: Any, shape: tuple[int, ...]) -> Made:
             order = draw(st.permutations(range(len(shape))))
             piece = data[tuple(slice(a, a + n) for a, n in zip(box.offset, box.length, strict=True))]
             pad = draw(st.integers(0, 3))
-            stored = np.concatenate([np.zeros(pad, np.uint32), np.ascontiguousarray(piece.transpose(order)).reshape(-1)])
+            stored = np.concatenate(
+                [np.zeros(pad, np.uint32), np.ascontiguousarray(piece.transpose(order)).reshape(-1)]
+            )
             strides = [0] * len(shape)
             for d, stride in zip(order, contiguous_strides([box.length[d] for d in order]), strict=True):
                 strides[d] = stride
@@ -145,7 +150,8 @@ def test_a_flat_range_is_few_boxes_that_cover_it(shape: tuple[int, ...], data: s
     assert len(boxes) <= 2 * len(shape) - 1
     index = np.arange(elements).reshape(shape)
     covered = [
-        index[tuple(slice(a, a + n) for a, n in zip(box.offset, box.length, strict=True))].reshape(-1) for box, _ in boxes
+        index[tuple(slice(a, a + n) for a, n in zip(box.offset, box.length, strict=True))].reshape(-1)
+        for box, _ in boxes
     ]
     for part, (_, at) in zip(covered, boxes, strict=True):
         assert list(part) == list(range(start + at, start + at + len(part)))
@@ -154,7 +160,9 @@ def test_a_flat_range_is_few_boxes_that_cover_it(shape: tuple[int, ...], data: s
 
 def test_layouts_survive_json() -> None:
     layout = Layout()
-    layout.add(LogicalTensor("w", "exp_avg", "float32", (4, 2)), Fragment(3, Box((2, 0), (2, 2)), "state", (2, 1), 5, 64))
+    layout.add(
+        LogicalTensor("w", "exp_avg", "float32", (4, 2)), Fragment(3, Box((2, 0), (2, 2)), "state", (2, 1), 5, 64)
+    )
     again = Layout.from_json(layout.to_json())
     assert again.tensors == layout.tensors
     assert again.fragments == layout.fragments

@@ -64,7 +64,9 @@ def test_a_tokenizer_file_is_used_and_its_end_of_text_too(tmp_path: Path) -> Non
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "<unk>": 2, "</s>": 3}, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "tokenizer.json"))
-    found = corpus(tmp_path, texts(tmp_path, "a b a b a b c"), tokenizer=str(tmp_path / "tokenizer.json"), sequence_length=7)
+    found = corpus(
+        tmp_path, texts(tmp_path, "a b a b a b c"), tokenizer=str(tmp_path / "tokenizer.json"), sequence_length=7
+    )
     assert (found.vocabulary_size, found.end_of_text) == (4, 3)
     assert list(found.train[0]["input_ids"]) == [0, 1, 0, 1, 0, 1, 2]
 
@@ -121,7 +123,7 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path: Path) -> None:
 
 def test_an_unreadable_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text("{")
-    with pytest.raises(DataError, match="data.tokenizer"):
+    with pytest.raises(DataError, match=r"data\.tokenizer"):
         corpus(tmp_path, texts(tmp_path, "x" * 20), tokenizer=str(tmp_path / "t.json"))
 
 

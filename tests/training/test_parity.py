@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from tests.jobs import engine, job, train
 from tests.ranks import run_ranks
@@ -14,10 +13,15 @@ MESHES = {
     "fsdp2": {"fsdp": 2}, "fsdp4": {"fsdp": 4}, "fsdp3": {"fsdp": 3}, "dp2": {"dp": 2}, "dp2-fsdp2": {"dp": 2, "fsdp": 2},
     "tp2": {"tp": 2}, "tp2-fsdp2": {"tp": 2, "fsdp": 2}, "tp2-dp2": {"tp": 2, "dp": 2},
 }  # fmt: skip
-EXPERT_MESHES = {"ep2": {"fsdp": 2, "ep": 2}, "ep4": {"fsdp": 4, "ep": 4}, "fsdp-ep2": {"fsdp": 4, "ep": 2}, "dp2-ep2": {"dp": 2, "fsdp": 2, "ep": 2}}  # fmt: skip
+EXPERT_MESHES = {
+    "ep2": {"fsdp": 2, "ep": 2}, "ep4": {"fsdp": 4, "ep": 4}, "fsdp-ep2": {"fsdp": 4, "ep": 2},
+    "dp2-ep2": {"dp": 2, "fsdp": 2, "ep": 2},
+}  # fmt: skip
 
 
-def curve(rank: int, kind: str, mesh: dict[str, int], sections: dict[str, Any], steps: int) -> list[tuple[float, float]]:
+def curve(
+    rank: int, kind: str, mesh: dict[str, int], sections: dict[str, Any], steps: int
+) -> list[tuple[float, float]]:
     config = job(kind, mesh=mesh, **sections)
     made = engine(config, rank)
     return [(result.loss, result.grad_norm) for result in train(made, config, steps=steps)]
@@ -55,7 +59,9 @@ def test_llama_in_float32_follows_the_single_process_for_20_steps(name: str, sin
     mesh = MESHES[name]
     ranks = mesh.get("dp", 1) * mesh.get("fsdp", 1) * mesh.get("tp", 1)
     curves = run_ranks(ranks, curve, "huggingface", mesh, {}, 20)
-    assert worst([(loss, 1.0) for loss, _ in curves[0]], [(loss, 1.0) for loss, _ in single("huggingface", {}, 20)]) < 1e-5
+    assert (
+        worst([(loss, 1.0) for loss, _ in curves[0]], [(loss, 1.0) for loss, _ in single("huggingface", {}, 20)]) < 1e-5
+    )
 
 
 def test_a_different_batch_order_is_noticed(single: Any) -> None:

@@ -113,7 +113,9 @@ def structure_problems(path: Path, manifest: dict[str, Any]) -> Iterator[dict[st
         elif not place.is_file():
             yield _problem(file, None, "missing", "is missing")
         elif place.stat().st_size != facts["bytes"]:
-            yield _problem(file, None, "truncated", f"has {place.stat().st_size} bytes, the manifest says {facts['bytes']}")
+            yield _problem(
+                file, None, "truncated", f"has {place.stat().st_size} bytes, the manifest says {facts['bytes']}"
+            )
         elif facts["header_bytes"] is None:
             if xxhash.xxh3_64_hexdigest(place.read_bytes()) != facts["xxh3"]:
                 yield _problem(file, None, "checksum", "does not match its checksum")

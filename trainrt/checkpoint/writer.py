@@ -125,7 +125,12 @@ def _files(tensors: list[LogicalTensor], most: int) -> list[list[LogicalTensor]]
 
 
 def _chunks(
-    tensor: LogicalTensor, file: str, begin: int, layout: Layout, writer_of_rank: Mapping[int, str], load: dict[str, int]
+    tensor: LogicalTensor,
+    file: str,
+    begin: int,
+    layout: Layout,
+    writer_of_rank: Mapping[int, str],
+    load: dict[str, int],
 ) -> list[ChunkPlan]:
     elements = tensor.bytes // tensor.item_bytes
     step = max(1, CHUNK_BYTES // tensor.item_bytes)
@@ -179,7 +184,9 @@ def _small_files(plan: WritePlan) -> dict[str, bytes]:
     """config.json and the index of the model's files: what makes model/ a Hugging Face directory."""
     where = {chunk.name: chunk.file for chunk in plan.chunks if chunk.role in MODEL_ROLES}
     index = {
-        "metadata": {"total_size": sum(plan.tensors[c.name, c.role].bytes for c in _firsts(plan) if c.role in MODEL_ROLES)},
+        "metadata": {
+            "total_size": sum(plan.tensors[c.name, c.role].bytes for c in _firsts(plan) if c.role in MODEL_ROLES)
+        },
         "weight_map": {name: file.removeprefix("model/") for name, file in sorted(where.items())},
     }
     files = {"model/model.safetensors.index.json": index, "model/config.json": plan.metadata.get("model_config", {})}
@@ -241,7 +248,9 @@ def finish(plan: WritePlan, directory: Path, results: Sequence[Mapping[str, Any]
     where: dict[Key, str] = {}
     for chunk in plan.chunks:
         if (chunk.file, chunk.offset) not in digests:
-            raise CheckpointError(f"{folder}: nobody wrote {chunk.name} ({chunk.role}) at {chunk.offset} of {chunk.file}")
+            raise CheckpointError(
+                f"{folder}: nobody wrote {chunk.name} ({chunk.role}) at {chunk.offset} of {chunk.file}"
+            )
         done = Chunk(chunk.offset, chunk.length, chunk.length, "none", digests[chunk.file, chunk.offset])
         entries[chunk.name, chunk.role].append(done)
         by_file[chunk.file].append(done)
@@ -266,7 +275,11 @@ def _manifest(
     plan: WritePlan, entries: Mapping[Key, list[Chunk]], by_file: Mapping[str, list[Chunk]], where: Mapping[Key, str]
 ) -> dict[str, Any]:
     files = {
-        file: {"bytes": size, "xxh3": file_digest(plan.headers[file], by_file[file]), "header_bytes": len(plan.headers[file])}
+        file: {
+            "bytes": size,
+            "xxh3": file_digest(plan.headers[file], by_file[file]),
+            "header_bytes": len(plan.headers[file]),
+        }
         for file, size in plan.sizes.items()
     }
     for file, content in _small_files(plan).items():

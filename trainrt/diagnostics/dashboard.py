@@ -56,7 +56,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(128)
     except OSError as error:
         listener.close()
-        raise DiagnosticsError(f"--port {port} on {host}: {error.strerror}; allowed: a free port (0 takes any)") from error
+        raise DiagnosticsError(
+            f"--port {port} on {host}: {error.strerror}; allowed: a free port (0 takes any)"
+        ) from error
     return listener
 
 

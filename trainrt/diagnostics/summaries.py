@@ -60,4 +60,9 @@ def timeline(reader: RunReader, step: int | None = None) -> dict[str, Any]:
     start = min((line["time"] for line in ranks), default=0.0)
     for line in ranks:
         line["offset_seconds"] = line["time"] - start
-    return {"step": step, "first_step": steps[0] if steps else None, "last_step": steps[-1] if steps else None, "ranks": ranks}
+    return {
+        "step": step,
+        "first_step": steps[0] if steps else None,
+        "last_step": steps[-1] if steps else None,
+        "ranks": ranks,
+    }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trainrt.config import MeshSize
 from trainrt.parallel.layout import ITEM_BYTES, Box
 from trainrt.parallel.plan import Plan
 
@@ -62,7 +61,13 @@ def estimate(plan: Plan, work: Work, device: Device) -> dict[str, float]:
     memory = {
         "state_bytes": held * 16.0,
         "gathered_bytes": 2.0 * item * elements / max(work.layers, 1) / size.tp,
-        "activation_bytes": 24.0 * item * work.microbatch * work.sequence_length * work.hidden_size * work.layers / size.tp,
+        "activation_bytes": 24.0
+        * item
+        * work.microbatch
+        * work.sequence_length
+        * work.hidden_size
+        * work.layers
+        / size.tp,
     }
     rounds = math.ceil(work.global_batch / work.microbatch / size.data_ranks)
     tokens = rounds * work.microbatch * work.sequence_length

@@ -150,7 +150,9 @@ class Layout:
         """Add fragments of a tensor. Raises LayoutError where it is already known in another form."""
         known = self.tensors.setdefault(tensor.key, tensor)
         if known != tensor:
-            raise LayoutError(f"{tensor.name} ({tensor.role}): {known.dtype} {known.shape} and {tensor.dtype} {tensor.shape}")
+            raise LayoutError(
+                f"{tensor.name} ({tensor.role}): {known.dtype} {known.shape} and {tensor.dtype} {tensor.shape}"
+            )
         self.fragments.setdefault(tensor.key, []).extend(fragments)
 
     def merge(self, other: Layout) -> None:
@@ -234,9 +236,7 @@ def flat_range(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[Box,
     return boxes
 
 
-def copies(
-    source: Layout, target: Layout, *, cost: Callable[[Fragment, Fragment], float] | None = None
-) -> list[Copy]:
+def copies(source: Layout, target: Layout, *, cost: Callable[[Fragment, Fragment], float] | None = None) -> list[Copy]:
     """The reshard: copies that fill every fragment of `target` from `source`, each element once.
 
     Of several source fragments that hold an element (replicas) the cheapest by `cost` is read; by
@@ -281,6 +281,4 @@ def _fill(
             return
     if missing:
         box = missing[0]
-        raise LayoutError(
-            f"{tensor.name} ({tensor.role}): nobody holds the box at {box.offset} of length {box.length}"
-        )
+        raise LayoutError(f"{tensor.name} ({tensor.role}): nobody holds the box at {box.offset} of length {box.length}")

@@ -195,7 +195,12 @@ class Plan:
         ]
         considered = [a for a in self.alternatives if not a["rejected"]]
         if considered:
-            rows.append(("passed over", f"{len(considered)} slower meshes, {len(self.alternatives) - len(considered)} that do not fit"))
+            rows.append(
+                (
+                    "passed over",
+                    f"{len(considered)} slower meshes, {len(self.alternatives) - len(considered)} that do not fit",
+                )
+            )
         return rows
 
 

@@ -80,4 +80,3 @@ def apply_expert_parallel(model: nn.Module, splits: dict[str, Split], mesh: Devi
         experts = model.get_submodule(owner)
         cut_parameter(experts, leaf, mesh, split.dim)
         experts.ep_group = mesh.get_group()  # type: ignore[assignment]
-

@@ -96,13 +96,12 @@ class Job:
         snapshotter = Snapshotter(engine)
         store = connect_store(spec, snapshotter)
         clock.phase("restore")
-        events = EventWriter(
-            run_dir.events_of(spec.rank), rank=spec.rank, node=spec.node, incarnation=spec.incarnation
-        )
+        events = EventWriter(run_dir.events_of(spec.rank), rank=spec.rank, node=spec.node, incarnation=spec.incarnation)
         constants = constant_metadata(spec.run_id, config, pipeline=pipeline, plan=plan)
         return cls(
-            spec=spec, constants=constants, config=config, run_dir=run_dir, pipeline=pipeline, plan=plan, engine=engine, train=train,
-            validation=validation, corpus_digest=digest, snapshotter=snapshotter, store=store, events=events, done=done,
+            spec=spec, constants=constants, config=config, run_dir=run_dir, pipeline=pipeline, plan=plan, engine=engine,
+            train=train, validation=validation, corpus_digest=digest, snapshotter=snapshotter, store=store,
+            events=events, done=done,
         )  # fmt: skip
 
     @property

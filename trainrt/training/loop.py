@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
+from trainrt.config import SnapshotConfig
 from trainrt.errors import NonFinite
 from trainrt.events import ring
 from trainrt.parallel.cost import PEAK_FLOPS, flops_per_token
@@ -95,9 +96,14 @@ def step_batches(job: Job, step: int) -> list[tuple[dict[str, torch.Tensor], int
     return batches
 
 
+def snapshot_interval(config: SnapshotConfig) -> int:
+    """Steps between snapshots; 0: none. "auto" is every step in this version: nothing measures yet what it costs."""
+    return 1 if config.every == "auto" else config.every
+
+
 def snapshot(job: Job, step: int, *, ending: bool) -> Stall:
     """Copy the state to the node's store, if this step is one for it. The store commits it beside the next step."""
-    every, checkpoints = job.config.snapshot.every, job.config.checkpoint.every
+    every, checkpoints = snapshot_interval(job.config.snapshot), job.config.checkpoint.every
     checkpoint = ending or (checkpoints > 0 and step % checkpoints == 0)
     if job.store is None or not (checkpoint or (every and step % every == 0)):
         return Stall()
@@ -136,7 +142,11 @@ def final_checkpoint(job: Job, step: int) -> str | None:
 
 def _evaluates(job: Job, step: int, ending: bool) -> bool:
     every = job.config.evaluation.every
-    return job.validation is not None and job.config.evaluation.samples > 0 and (ending or (every > 0 and step % every == 0))
+    return (
+        job.validation is not None
+        and job.config.evaluation.samples > 0
+        and (ending or (every > 0 and step % every == 0))
+    )
 
 
 def evaluate(job: Job) -> float:

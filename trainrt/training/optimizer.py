@@ -7,6 +7,7 @@ optimizer needs no more, and meshes of any mix meet in one step.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ def decayed(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2
 
 
-def make_optimizer(config: JobConfig, local: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: JobConfig, local: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> torch.optim.Optimizer:
     """AdamW over local shards in two groups (decayed, not decayed), with its state allocated.
 
     `shapes` are those of the whole parameters: a shard's own shape says nothing of its kind.
@@ -53,7 +56,7 @@ def make_optimizer(config: JobConfig, local: dict[str, Tensor], shapes: dict[str
             weight_decay = settings.weight_decay if decay else 0.0
             groups.append({"params": [local[n] for n in names], "names": names, "weight_decay": weight_decay})
     optimizer = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=tuple(settings.betas), eps=settings.epsilon, foreach=True
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, foreach=True
     )
     for tensor in local.values():
         optimizer.state[tensor] = {

@@ -49,9 +49,13 @@ def load_pipeline(config: JobConfig) -> Pipeline:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f'run.pipeline = "{name}": {error}; allowed: "module:attribute" on the Python path') from error
+        raise ConfigError(
+            f'run.pipeline = "{name}": {error}; allowed: "module:attribute" on the Python path'
+        ) from error
     if not hasattr(module, attribute):
-        raise ConfigError(f'run.pipeline = "{name}": no {attribute!r} in {module_name}{nearest(attribute, vars(module))}')
+        raise ConfigError(
+            f'run.pipeline = "{name}": no {attribute!r} in {module_name}{nearest(attribute, vars(module))}'
+        )
     found = getattr(module, attribute)
     pipeline = found() if callable(found) and not isinstance(found, Pipeline) else found
     if not isinstance(pipeline, Pipeline):

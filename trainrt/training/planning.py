@@ -106,7 +106,9 @@ def plan_command(config: JobConfig, *, mesh: str | None = None, device: str | No
 
 def plan(config: JobConfig | str | Path, *, mesh: str | None = None, device: str | None = None) -> Plan:
     """`trainrt.plan`: the plan of a config, or of a path to one. Raises ConfigError and PlanError."""
-    return plan_command(config if isinstance(config, JobConfig) else load_for_plan(Path(config)), mesh=mesh, device=device)
+    return plan_command(
+        config if isinstance(config, JobConfig) else load_for_plan(Path(config)), mesh=mesh, device=device
+    )
 
 
 def parse_mesh(text: str) -> MeshSize:
@@ -195,7 +197,9 @@ def check_weights(config: JobConfig, plan: Plan) -> None:
             raise ModelError(f"model.config = {directory}: {missing[0]} is named in {index.name} but missing")
     if not files:
         if list(Path(directory).glob("*.bin")):
-            raise ModelError(f"model.config = {directory}: pickled weights (*.bin) are not read; allowed: *.safetensors")
+            raise ModelError(
+                f"model.config = {directory}: pickled weights (*.bin) are not read; allowed: *.safetensors"
+            )
         return
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
@@ -233,5 +237,3 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if size < end:
         raise ModelError(f"{path}: truncated: {size} of {end} bytes")
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-

@@ -104,4 +104,3 @@ def _held(source: Source, name: str, role: str) -> LogicalTensor:
         if (name, candidate) in tensors:
             return tensors[(name, candidate)]
     raise CheckpointError(f"the source holds no {role} of {name}")
-

@@ -118,7 +118,9 @@ class Store:
         slot = None if pending else self._free_slot(rank, size, spill=message["checkpoint"])
         if slot is None:
             self._spawn(self._tell_all("give_up", {"step": step, "incarnation": self.incarnation}))
-            reason = "the generation before is not committed" if pending else f"no room for {size} bytes in {self.folder}"
+            reason = (
+                "the generation before is not committed" if pending else f"no room for {size} bytes in {self.folder}"
+            )
             return {"slot": None, "reason": reason}
         local = frozenset(r for r, node in self.nodes_of_ranks.items() if node == self.node)
         generation = self.generations.open(Generation(step, self.incarnation, len(self.nodes_of_ranks), local))

@@ -122,12 +122,14 @@ class Generations:
 
     def pending(self, incarnation: int) -> bool:
         """Whether a sealed generation of this incarnation still waits for its commit."""
-        return any(g.incarnation == incarnation and g.state is State.SEALED and not g.abandoned for g in self._held.values())
+        return any(
+            g.incarnation == incarnation and g.state is State.SEALED and not g.abandoned for g in self._held.values()
+        )
 
     def begin_incarnation(self, incarnation: int) -> None:
         """Drop what was never sealed; what was sealed stays readable until something newer commits."""
         for generation in list(self._held.values()):
-            if generation.state is State.COPYING and not (generation.incarnation == incarnation):
+            if generation.state is State.COPYING and generation.incarnation != incarnation:
                 self.drop(generation)
             elif generation.state is State.SEALED:
                 generation.abandoned = True

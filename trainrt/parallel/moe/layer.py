@@ -39,9 +39,7 @@ class MoeLayer(nn.Module):
         weight_N = routing.weight_TK.flatten()[order_N]
         token_N = order_N // self.top_k
         count_E = torch.bincount(expert_N, minlength=self.number_of_experts)
-        limit = capacity(
-            self.capacity_factor, tokens=x_TD.shape[0], top_k=self.top_k, experts=self.number_of_experts
-        )
+        limit = capacity(self.capacity_factor, tokens=x_TD.shape[0], top_k=self.top_k, experts=self.number_of_experts)
         if limit is not None:
             start_E = count_E.cumsum(0) - count_E
             kept = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N] < limit

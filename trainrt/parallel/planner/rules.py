@@ -57,7 +57,9 @@ def _tensor_parallel(model: nn.Module, tp: int) -> dict[str, Split]:
         split = _split_of(module, owner.rpartition(".")[2], leaf)
         if split is not None:
             if parameter.shape[split.dim] % tp:
-                raise PlanError(f"parallel.tp = {tp} does not divide dimension {split.dim} of {name}, {tuple(parameter.shape)}")
+                raise PlanError(
+                    f"parallel.tp = {tp} does not divide dimension {split.dim} of {name}, {tuple(parameter.shape)}"
+                )
             splits[name] = split
         elif not _replicated(module, name):
             raise PlanError(f"parallel.tp = {tp}: no rule covers {name} {tuple(parameter.shape)} yet; allowed: 1")

@@ -83,7 +83,8 @@ def open_corpus(config: DataConfig, cache_directory: Path | None = None) -> Corp
     if not len(splits["train"]):
         raise DataError(
             f'data.source = "{config.source}" has {facts["train_tokens"]} training tokens, fewer than one sample of '
-            f"data.sequence_length = {config.sequence_length} and its next token; allowed: up to {max(facts['train_tokens'] - 1, 0)}"
+            f"data.sequence_length = {config.sequence_length} and its next token; "
+            f"allowed: up to {max(facts['train_tokens'] - 1, 0)}"
         )
     return Corpus(
         train=splits["train"], validation=splits["validation"], vocabulary_size=tokenizer.size,

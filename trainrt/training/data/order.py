@@ -23,16 +23,14 @@ def sample_ids(seed: int, step: int, *, global_batch: int, length: int) -> NDArr
     return ids
 
 
-def logical_shards(
-    seed: int, step: int, *, global_batch: int, microbatch: int, length: int
-) -> list[NDArray[np.int64]]:
+def logical_shards(seed: int, step: int, *, global_batch: int, microbatch: int, length: int) -> list[NDArray[np.int64]]:
     """The ids of each logical shard of a step: the fixed units of the global batch, whatever the mesh."""
     ids = sample_ids(seed, step, global_batch=global_batch, length=length)
     return [ids[at : at + microbatch] for at in range(0, global_batch, microbatch)]
 
 
 def _key(seed: int, epoch: int) -> NDArray[np.uint64]:
-    return np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    return np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64).astype(np.uint64)
 
 
 def _permute(x: NDArray[np.uint64], length: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -18,9 +18,12 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 class Tokenizer(Protocol):
     """Documents to token ids. `size` counts the end of text."""
 
-    size: int
-    end_of_text: int
-    digest: str
+    @property
+    def size(self) -> int: ...
+    @property
+    def end_of_text(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
 
     def encode(self, document: bytes) -> NDArray[np.int64]: ...
 

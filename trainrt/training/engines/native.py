@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.fsdp import FSDPModule
@@ -106,7 +107,13 @@ class NativeEngine:
         return leaf if leaf < leaves else None
 
     def step(
-        self, step: int, batches: Sequence[tuple[Mapping[str, Any], int]], *, leaves: int, steps: int, stop: bool = False
+        self,
+        step: int,
+        batches: Sequence[tuple[Mapping[str, Any], int]],
+        *,
+        leaves: int,
+        steps: int,
+        stop: bool = False,
     ) -> StepResult:
         """One optimizer step. `batches`: (batch, digest) for each round of this rank; a dummy repeats a batch.
 
@@ -187,7 +194,7 @@ class NativeEngine:
             rows += [result.auxiliary[name] for name in names]
         mine = torch.tensor(rows, dtype=torch.float64, device=self.groups.device)
         with ring.span("gather_statistics", kind="other"):
-            table = all_gather(mine, torch.distributed.group.WORLD).cpu()
+            table = all_gather(mine, dist.distributed_c10d._get_default_group()).cpu()
         return _Gathered(table, names, self.plan)
 
     @torch.no_grad()
@@ -200,7 +207,7 @@ class NativeEngine:
                 loss = evaluate_loss(self.loss, self.model, batch)
                 if counts and self.where["tp"] == 0:
                     sums += torch.stack((loss.sum.double(), loss.weight.double()))
-            total = all_gather(sums, torch.distributed.group.WORLD).sum(0)
+            total = all_gather(sums, dist.distributed_c10d._get_default_group()).sum(0)
         return float(total[0] / total[1])
 
     # The state, as named local tensors: what snapshots pack and restores fill.

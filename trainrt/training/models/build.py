@@ -105,14 +105,17 @@ def _construct(config: JobConfig, *, initialize: bool = True) -> nn.Module:
             document = huggingface_config(config)
             return transformers.AutoModelForCausalLM.from_config(document, dtype=stored_dtype(config))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"model.config: no causal language model can be made of it: {_first_line(error)}") from error
+            raise ModelError(
+                f"model.config: no causal language model can be made of it: {_first_line(error)}"
+            ) from error
 
 
 def _pretrained(config: JobConfig) -> nn.Module:
     import transformers
 
+    factory: Any = transformers.AutoModelForCausalLM
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = factory.from_pretrained(
             config.model.config,
             dtype=stored_dtype(config),
             local_files_only=True,

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainrt.errors import ModelError
 from trainrt.parallel.plan import Part
 
 
-def packed_parts(model: nn.Module) -> dict[str, tuple[Part, ...]]:
+def packed_parts(model: Any) -> dict[str, tuple[Part, ...]]:
     """Live tensor name to the file tensors inside it; empty where the live model is its file format.
 
     Raises ModelError where a file tensor is not a plain box of a live one.
@@ -24,7 +24,7 @@ def packed_parts(model: nn.Module) -> dict[str, tuple[Part, ...]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
-    if not get_model_conversion_mapping(model, add_legacy=False):  # type: ignore[arg-type]
+    if not get_model_conversion_mapping(model, add_legacy=False):
         return {}
     live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = list(live)
@@ -60,7 +60,9 @@ def _part(name: str, shape: tuple[int, ...], where: list[Tensor]) -> Part:
     offset = [int(index.flatten()[0]) for index in where]
     dims: list[int] = [-1] * len(shape)
     for live_dim, index in enumerate(where):
-        moving = [d for d in range(len(shape)) if shape[d] > 1 and int(index.select(d, 1).flatten()[0]) != offset[live_dim]]
+        moving = [
+            d for d in range(len(shape)) if shape[d] > 1 and int(index.select(d, 1).flatten()[0]) != offset[live_dim]
+        ]
         if len(moving) > 1:
             raise ModelError(f"{name} is no box of its live tensor; such a model cannot be checkpointed yet")
         expected = torch.tensor(offset[live_dim]).expand(shape)
