@@ -278,7 +278,7 @@ class Agent:
 
     # Watching.
 
-    def _watch_pid(self, pid: int, then: Callable[[], None]) -> None:
+    def _watch_pid(self, pid: int, then: Callable[[], object]) -> None:
         """Call `then` once, when a process has ended (it need not be a child)."""
         loop = asyncio.get_running_loop()
         try:

@@ -73,8 +73,9 @@ class Embedded:
         self._folder.renew_lease()
         Orders(
             nodes=[self._node(name, index, cpus, gpus) for index, name in enumerate(self._names)],
-            scratch=str(self._scratch), directory=str(self._folder.path), logs=str(self._run_dir.logs), lease=str(self._folder.lease),
-            stop_request=str(self._run_dir.stop_request), grace_seconds=grace_seconds, port=self._port,
+            scratch=str(self._scratch), directory=str(self._folder.path), logs=str(self._run_dir.logs),
+            lease=str(self._folder.lease), stop_request=str(self._run_dir.stop_request), port=self._port,
+            grace_seconds=grace_seconds,
         ).save(self._folder.orders)  # fmt: skip
         path = os.pathsep.join([str(Path(trainrt.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, **RAY_SETTINGS, **self._authentication(), "PYTHONPATH": path}
@@ -250,7 +251,6 @@ def init(address: str) -> None:
     """Connect this process to a Ray cluster, quietly."""
     import ray
     import ray._private.worker as worker
-
     import ray._raylet as raylet
 
     with suppress(AttributeError):

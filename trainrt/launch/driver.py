@@ -49,12 +49,15 @@ from trainrt.launch.terminal import Terminal, next_command
 from trainrt.run_dir import now, write_json
 
 TICK_SECONDS = 0.1
+RELEASE_SECONDS = 0.15
+"""Ranks that have not parked by then may be waiting for a commit that never comes; the stores let them go."""
 PARK_SECONDS = 2.0
 """How long ranks may take to notice that a peer is gone before they are ended: a new one costs a fork."""
 EXPLAIN_SECONDS = 3.0
 """How long to wait for the cause (a node's death takes Ray a second) when ranks only say that peers are gone."""
 GIVE_UP_SECONDS = 30.0
 TERMINATED, CTRL_C = 75, 130
+SIGNALS = {signal.SIGTERM: StopAsked("SIGTERM", TERMINATED), signal.SIGINT: StopAsked("Ctrl-C", CTRL_C)}
 
 
 class Stopped(Exception):
@@ -154,6 +157,9 @@ class Driver:
         adopted = self.ground.begin(self.previous.record if self.previous is not None else None)
         self.planner.begin()
         try:
+            self.ground.connect(check=self._check_start)
+            # Ray puts a handler of its own on SIGTERM.
+            self._listen()
             names = self.ground.come_up(adopt=adopted, check=self._check_start, phase=self._phase)
         finally:
             preflight = self.planner.result(check=self._check_start)
@@ -354,6 +360,8 @@ class Driver:
         symptoms, waited = state.symptoms, time.monotonic() - state.since
         unaccounted = symptoms.unaccounted()
         if unaccounted:
+            if waited > RELEASE_SECONDS:
+                self._running().abandon()
             if waited > PARK_SECONDS and not state.killed:
                 state.killed = True
                 symptoms.ended_by_us.update(unaccounted)
@@ -441,19 +449,18 @@ class Driver:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = {signal.SIGTERM: StopAsked("SIGTERM", TERMINATED), signal.SIGINT: StopAsked("Ctrl-C", CTRL_C)}
-        before = {number: signal.getsignal(number) for number in wanted}
-
-        def hear(number: int, _: Any) -> None:
-            self.events.put(wanted[signal.Signals(number)])
-
-        for number in wanted:
-            signal.signal(number, hear)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self._listen()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, lambda number, _: self.events.put(SIGNALS[signal.Signals(number)]))
 
     def _running(self) -> Incarnation:
         assert self.now_running is not None

@@ -160,11 +160,11 @@ class Fleet:
         """Fetch an agent's events until it is gone. Runs in a thread."""
         import ray
 
-        actor: Any = self._actors[node]
+        actor = self._actors[node]
         heard, why = time.monotonic(), Exception()
-        while not self._over.is_set() and self._actors.get(node) is actor:
+        while not self._over.is_set() and self._serves(node, actor):
             try:
-                answer: dict[str, Any] = ray.get(actor.poll.remote(after), timeout=POLL_TIMEOUT_SECONDS)
+                answer: Any = ray.get(actor.poll.remote(after), timeout=POLL_TIMEOUT_SECONDS)
             except ray.exceptions.ActorUnavailableError as error:
                 lost, why = time.monotonic() - heard > SILENT_SECONDS, error
                 time.sleep(0.1)
@@ -185,6 +185,10 @@ class Fleet:
                     at = time.monotonic()
                     self._put(NodeLost(node, _reason(why), at - heard, at))
                 return
+
+    def _serves(self, node: str, actor: Any) -> bool:
+        """Whether this is still the node's agent: a replaced one is heard no more."""
+        return self._actors.get(node) is actor
 
     def _name(self, node: str) -> str:
         return f"{self._run_id}/{node}"

@@ -84,11 +84,14 @@ class Ground:
         )
         return False
 
-    def come_up(self, *, adopt: bool, check: Callable[[], None], phase: Callable[[str], None]) -> list[str]:
-        """Connect, and wait until every node has an agent and a store. Returns the nodes' names, in order."""
+    def connect(self, *, check: Callable[[], None]) -> None:
+        """Connect this process to the cluster as soon as that is possible."""
         self.cluster.connect(check=check)
         self.record = replace(self.record, address=self.cluster.address)
         self._save_record()
+
+    def come_up(self, *, adopt: bool, check: Callable[[], None], phase: Callable[[str], None]) -> list[str]:
+        """Wait until every node has an agent and a store. Returns the nodes' names, in order."""
         if adopt:
             alive = {site.name: site for site in self.cluster.alive() if site.name}
             found = self.fleet.adopt(self.record.names, alive)

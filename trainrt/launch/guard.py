@@ -72,7 +72,7 @@ def main(orders_path: str) -> int:
     from ray.scripts import scripts
 
     # Nobody uses Ray's client server here; without its dependencies `ray start` leaves it out.
-    scripts.get_ray_client_dependency_error = lambda: "not wanted"
+    scripts.get_ray_client_dependency_error = lambda: ImportError("not wanted")
     guards = [_fork(lambda node=node: Guard(orders, node).run(scripts.cli)) for node in orders.nodes]  # type: ignore[misc]
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -72,6 +72,7 @@ class Incarnation:
         self.finished: dict[int, str] = {}
         self.origin = Origin("none", 0)
         self._rendezvous: Any = None
+        self._abandoned = False
         self.plan = planner.result(check=lambda: None).plan
         if len(self._nodes) < config.cluster.nodes:
             self._fit()
@@ -148,7 +149,8 @@ class Incarnation:
     def order(self) -> tuple[Origin, int]:
         """Start the next incarnation. Returns where its state comes from, and how many completed steps are redone."""
         before = self.completed
-        self.number += 1
+        self.number += not self._abandoned
+        self._abandoned = False
         generation = self._ground.stores.newest()
         self.origin = choose_origin(generation, newest_checkpoint(self._ground.run_dir))
         self.progress = Progress(self.world_size, done=self.origin.step)
@@ -161,6 +163,13 @@ class Incarnation:
         arguments: dict[str, tuple[Any, ...]] = {node: (orders,) for node, orders in specs.items()}
         self._ground.fleet.call("start", {**arguments, **{node: ([],) for node in idle}})
         return self.origin, max(0, before - self.origin.step)
+
+    def abandon(self) -> None:
+        """This incarnation is over: its number is used up, and the stores let go who waits for it."""
+        if not self._abandoned:
+            self._abandoned = True
+            self.number += 1
+            self.configure_stores()
 
     def configure_stores(self) -> None:
         self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats)

@@ -19,6 +19,8 @@ from trainrt.launch.record import Folder, Record
 from trainrt.run_dir import RunDir
 
 WORKER_ENTRY = "trainrt.training.worker:serve"
+LAZY_IMPORTS = ("torch._dynamo", "numpy.random")
+"""What torch imports when a model is first built: half a second in every worker, once in a zygote."""
 CARRIED_MODULE = "trainrt_launched_pipeline"
 CARRIED_SOURCE = '''"""Made by trainrt.launch: loads the pipeline that was given to it."""
 
@@ -84,7 +86,7 @@ def prepare(
         sys.path.insert(0, module_directory)
     elif config.run.pipeline:
         module_directory = find_module(config.run.pipeline)
-    preload = ("transformers",) if config.model.kind == "huggingface" else ()
+    preload = (*LAZY_IMPORTS, "transformers") if config.model.kind == "huggingface" else LAZY_IMPORTS
     command = shlex.join(["trainrt", *sys.argv[1:]]) if sys.argv[1:2] == ["launch"] else "the same launch"
     return Request(config, directory, module_directory, force, command, preload=preload)
 

@@ -91,10 +91,8 @@ class Stores:
 
     def _ask(self, addresses: dict[str, str], question: Callable[[StoreAdmin], Any]) -> dict[str, Any]:
         """Ask several stores at once; those that do not answer are left out."""
-        futures = {
-            node: self._pool.submit(lambda address=address: question(StoreAdmin(address, self._secret)))
-            for node, address in addresses.items()
-        }  # fmt: skip
+        admins = {node: StoreAdmin(address, self._secret) for node, address in addresses.items()}
+        futures = {node: self._pool.submit(question, admin) for node, admin in admins.items()}
         answers: dict[str, Any] = {}
         for node, future in futures.items():
             with suppress(StoreError, OSError):

@@ -23,6 +23,7 @@ from trainrt.parallel.mesh import backend_of
 from trainrt.training.control import Control
 from trainrt.training.job import Job, Spec
 from trainrt.training.loop import run
+from trainrt.training.sockets import open_connections, shut_connections
 
 PEER_LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|Socket (Timeout|closed)"
@@ -39,9 +40,12 @@ def serve(connection: socket.socket) -> None:
     control.send("ready")
     while True:
         spec = Spec.from_message(control.next_start())
+        before = open_connections()
         try:
             _run_incarnation(spec, control)
         finally:
+            # Peers that wait for this rank hear of it now, whatever still refers to the group.
+            shut_connections(since=before, keep=spec.rendezvous)
             _drop_group()
 
 

@@ -225,12 +225,19 @@ class Store:
         key = (message["step"], message["incarnation"])
         ranks = self._reported.setdefault(key, set())
         ranks.update(message["ranks"])
+        await self._give_up_passed(key[0], set(message["ranks"]))
         if ranks == set(self.nodes_of_ranks):
             del self._reported[key]
             await self._tell_all("commit", {"step": key[0], "incarnation": key[1]})
             if message["checkpoint"] and self._writer is not None:
                 self._spawn(self._write_checkpoint(*key))
         return {}
+
+    async def _give_up_passed(self, step: int, ranks: set[int]) -> None:
+        """Ranks that seal a later step went on without an earlier one (their store was dead): nobody waits for it."""
+        for earlier in [key for key, held in self._reported.items() if key[0] < step and ranks - held]:
+            del self._reported[earlier]
+            await self._tell_all("give_up", {"step": earlier[0], "incarnation": earlier[1]})
 
     async def op_commit(self, message: dict[str, Any]) -> dict[str, Any]:
         self._current(message)
