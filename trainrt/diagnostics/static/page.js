@@ -34,7 +34,7 @@ function showState(run) {
   let [mood, text] = SENTENCES[status.state] ?? ["warn", status.state];
   if (!ended && !status.live) { mood = "bad"; text = `The driver is gone (it was ${status.state}); the same launch command takes the run up again.`; }
   if (status.state !== "unknown") text += ` Step ${status.step} of ${status.steps}, ${status.world_size} ranks.`;
-  if (status.message) text += ` ${status.message}`;
+  if (status.message && status.state !== "finished") text += ` ${status.message}`;
   $("sentence").textContent = text; $("sentence").className = mood;
   $("protection").textContent = ended ? (status.time ? `Ended ${ago(status.time)}.` : "") : PROTECTION[status.protection] ?? "";
   $("run-name").textContent = run.path; document.title = `${status.state} - trainrt`;

@@ -1,0 +1,239 @@
+"""A launch as its user sees it: it ends cleanly, goes on, refuses what does not fit, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs import job
+from tests.launches import alive, finish, kill, launched, pids, wait_for, wait_step, write_job
+from tests.reference import validate
+from trainrt.checkpoint.inspect import verify
+from trainrt.config import JobConfig
+from trainrt.run_dir import RunDir
+
+
+def small(folder: Path, *, steps: int = 60, mesh: dict[str, int] | None = None, **sections: Any) -> JobConfig:
+    """A job of two nodes with one worker each on a small text, with steps of some 20 ms."""
+    text = folder / "text.txt"
+    text.write_text("".join(chr(33 + (i * i // 7) % 31) for i in range(20000)))
+    model = {"config": {"layers": 2, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 320, "max_position": 32}}
+    document: dict[str, Any] = {
+        "model": model,
+        "data": {"source": str(text)},
+        "cluster": {"nodes": 2, "workers_per_node": 1},
+        "run": {"steps": steps, "deterministic": True},
+        "checkpoint": {"every": 0},
+        "diagnostics": {"dashboard": False},
+        "evaluation": {"samples": 4},
+    }
+    for name, values in sections.items():
+        document[name] = {**document.get(name, {}), **values}
+    return job(mesh=mesh or {"fsdp": 2}, **document)
+
+
+def run(path: Path, run_dir: RunDir, *options: str) -> tuple[int, str]:
+    with launched(path, run_dir.path, *options) as process:
+        output = finish(process)
+        return process.returncode, output
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "trainrt.cli", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    config = small(tmp_path, diagnostics={"dashboard": True})
+    with launched(write_job(tmp_path, config), run_dir.path) as process:
+        wait_step(run_dir, 3)
+        seen = pids(run_dir)
+        roles = {entry["role"] for entry in (run_dir.read_cluster() or {})["processes"]}
+        validate("cluster", run_dir.read_cluster())
+        validate("status", run_dir.read_status())
+        assert roles == {"driver", "agent", "worker", "store", "raylet"}
+        output = finish(process)
+    assert process.returncode == 0, output
+    status = run_dir.read_status()
+    assert status is not None and (status["state"], status["step"]) == ("finished", 60)
+    assert verify(run_dir.checkpoint(60))["ok"]
+    wait_for(lambda: not any(alive(pid) for pid in seen), "end of every process of the run", timeout=20)
+    assert not Path(f"/dev/shm/trainrt-{status['run_id']}").exists()
+    for line in run_dir.read_metrics():
+        validate("metrics", line)
+    assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 61))
+    for path in sorted(run_dir.events.glob("*.jsonl")):
+        for text in path.read_text().splitlines():
+            validate("events", json.loads(text))
+    validate("plan", json.loads(run_dir.plan.read_text()))
+    validate("status", status)
+    assert "unigram entropy" in output and "http://127.0.0.1" in output and str(run_dir.checkpoint(60)) in output
+
+    # Launched again it says so; with more steps it goes on, on another mesh too.
+    code, output = run(tmp_path / "job.toml", run_dir)
+    assert (code, "finished at step 60" in output) == (0, True), output
+    code, output = run(write_job(tmp_path, small(tmp_path, steps=70, mesh={"tp": 2})), run_dir)
+    assert code == 0, output
+    assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 71))
+    code, output = run(write_job(tmp_path, small(tmp_path, steps=80, optimizer={"learning_rate": 1e-3})), run_dir)
+    assert code == 2 and "optimizer.learning_rate" in output and "--force" in output, output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_a_checkpoint_and_the_same_command_goes_on(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    path = write_job(tmp_path, small(tmp_path, steps=100 if number == signal.SIGTERM else 5000))
+    with launched(path, run_dir.path) as process:
+        wait_step(run_dir, 5)
+        seen = pids(run_dir)
+        process.send_signal(number)
+        output = finish(process)
+    assert process.returncode == code, output
+    status = run_dir.read_status()
+    assert status is not None and status["state"] == "interrupted"
+    assert verify(run_dir.checkpoint(status["step"]))["ok"]
+    wait_for(lambda: not any(alive(pid) for pid in seen), "end of every process of the run", timeout=20)
+    if number == signal.SIGTERM:
+        returned, output = run(path, run_dir)
+        assert returned == 0, output
+        assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 101))
+
+
+def test_a_directory_in_use_is_refused_and_status_and_stop_work(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    path = write_job(tmp_path, small(tmp_path, steps=100000))
+    started = cli("launch", str(path), "--run-dir", str(run_dir.path), "--detach")
+    assert started.returncode == 0, started.stderr
+    wait_step(run_dir, 3)
+    again = cli("launch", str(path), "--run-dir", str(run_dir.path))
+    assert again.returncode == 2 and "in use" in again.stderr, again.stderr
+    document = json.loads(cli("status", str(run_dir.path), "--json").stdout)
+    assert document["state"] == "running"
+    validate("status", document)
+    assert cli("stop", str(run_dir.path)).returncode == 0
+    wait_for(lambda: (run_dir.read_status() or {})["state"] == "interrupted", "the stop")
+    wait_for(lambda: not any(alive(pid) for pid in pids(run_dir)), "end of every process", timeout=30)
+    assert cli("status", str(tmp_path / "nothing")).returncode == 2
+
+
+RAISES = """
+from trainrt import Pipeline
+from trainrt.training.data import collate
+
+calls = 0
+
+def strict_collate(samples):
+    global calls
+    calls += 1
+    if calls > 9:
+        raise ValueError("the ninth batch is cursed")
+    return collate(samples)
+
+pipeline = Pipeline(collate=strict_collate)
+"""
+
+
+def test_a_users_exception_is_told_once_and_stops_the_job(tmp_path: Path) -> None:
+    (tmp_path / "my_pipeline.py").write_text(RAISES)
+    run_dir = RunDir(tmp_path / "run")
+    config = small(tmp_path, run={"pipeline": "my_pipeline:pipeline", "steps": 60})
+    code, output = run(write_job(tmp_path, config), run_dir)
+    assert code == 1, output
+    assert output.count("the ninth batch is cursed") <= 2, output
+    assert "rank" in output
+    assert (run_dir.read_status() or {})["state"] == "failed"
+    kinds = [(incident["kind"], incident["action"]) for incident in run_dir.read_incidents()]
+    assert kinds[-1] == ("user_error", "stop"), kinds
+    for incident in run_dir.read_incidents():
+        validate("incident", incident)
+
+
+def test_an_infinite_loss_stops_or_is_skipped_as_the_job_says(tmp_path: Path) -> None:
+    explosive = {"learning_rate": 1e30, "clip": 0.0, "warmup_steps": 0}
+    stopped, skipped = RunDir(tmp_path / "stopped"), RunDir(tmp_path / "skipped")
+    code, output = run(write_job(tmp_path, small(tmp_path, optimizer=explosive, steps=12)), stopped)
+    assert code == 1 and "non_finite" in output, output
+    assert stopped.read_incidents()[-1]["kind"] == "non_finite"
+    config = small(tmp_path, optimizer={**explosive, "non_finite": "skip"}, steps=12)
+    code, output = run(write_job(tmp_path, config), skipped)
+    assert code == 0, output
+    assert {(i["kind"], i["action"]) for i in skipped.read_incidents()} == {("non_finite", "skip")}
+    for line in skipped.read_metrics():
+        validate("metrics", line)
+
+
+def test_a_port_in_use_is_left_for_the_next_free_one(tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run_dir = RunDir(tmp_path / "run")
+        config = small(tmp_path, steps=5, diagnostics={"dashboard": True, "port": port})
+        code, output = run(write_job(tmp_path, config), run_dir)
+        assert code == 0, output
+        assert "http://127.0.0.1:" in output and f"http://127.0.0.1:{port}\n" not in output
+        refused = cli("dashboard", str(run_dir.path), "--port", str(port))
+        assert refused.returncode == 2 and f"--port {port}" in refused.stderr
+
+
+def test_the_store_may_die_and_training_goes_on(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    with launched(write_job(tmp_path, small(tmp_path, steps=150)), run_dir.path) as process:
+        wait_step(run_dir, 10)
+        kill(run_dir, "store", node="n1")
+        output = finish(process)
+    assert process.returncode == 0, output
+    assert [incident["kind"] for incident in run_dir.read_incidents()] == ["store_loss"]
+    assert verify(run_dir.checkpoint(150))["ok"]
+    assert {line["incarnation"] for line in run_dir.read_metrics()} <= {1, 2}
+
+
+def test_a_killed_driver_is_replaced_by_the_same_command(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    path = write_job(tmp_path, small(tmp_path, steps=150))
+    with launched(path, run_dir.path) as process:
+        wait_step(run_dir, 20)
+        process.kill()
+        process.communicate()
+        done = max(line["step"] for line in run_dir.read_metrics())
+        stores = [e["pid"] for e in (run_dir.read_cluster() or {})["processes"] if e["role"] == "store"]
+    assert all(alive(pid) for pid in stores), "stores outlive the driver"
+    with launched(path, run_dir.path) as process:
+        output = finish(process)
+    assert process.returncode == 0, output
+    incident = run_dir.read_incidents()[-1]
+    assert (incident["kind"], incident["restored_from"]) == ("driver_loss", "memory")
+    assert incident["steps_lost"] <= 1
+    assert done < 150
+    undisturbed = RunDir(tmp_path / "undisturbed")
+    assert run(path, undisturbed)[0] == 0
+    same = ("step", "loss", "grad_norm", "samples_digest")
+    ours, theirs = run_dir.read_metrics(), undisturbed.read_metrics()
+    assert [[line[key] for key in same] for line in ours] == [[line[key] for key in same] for line in theirs]
+    wait_for(lambda: not any(alive(pid) for pid in stores), "end of the stores", timeout=20)
+
+
+def test_no_room_in_shared_memory_costs_snapshots_and_not_the_run(tmp_path: Path) -> None:
+    free = os.statvfs("/dev/shm")
+    hog = Path(f"/dev/shm/trainrt-test-{os.getpid()}")
+    fd = os.open(hog, os.O_RDWR | os.O_CREAT)
+    run_dir = RunDir(tmp_path / "run")
+    try:
+        os.posix_fallocate(fd, 0, max(1, free.f_bavail * free.f_frsize - (96 << 20)))
+        config = small(tmp_path, steps=8, model={"config": {"layers": 2, "hidden_size": 512, "heads": 8, "intermediate_size": 1024, "vocab_size": 320, "max_position": 32}})  # fmt: skip
+        code, output = run(write_job(tmp_path, config), run_dir)
+    finally:
+        os.close(fd)
+        hog.unlink()
+    assert code == 0, output
+    assert run_dir.read_metrics()[-1]["snapshots_skipped"] > 0
+    assert verify(run_dir.checkpoint(8))["ok"]
