@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trainrt
 from trainrt.errors import ConfigError, TrainrtError
@@ -86,7 +87,7 @@ class Embedded:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def connect(self, *, check: Callable[[], None]) -> None:
+    def connect(self, *, check: Callable[[], None], runtime_env: dict[str, Any] | None) -> None:
         """Connect this process, as soon as a raylet is up. `check` may raise to give up."""
         deadline = time.monotonic() + START_SECONDS
         while not any(pid for pid in self.raylets().values()):
@@ -94,7 +95,7 @@ class Embedded:
             check()
             time.sleep(0.05)
         os.environ.update(self._authentication())
-        init(self.address)
+        init(self.address, runtime_env)
 
     def sites(self, *, check: Callable[[], None]) -> list[Site]:
         """All nodes, once they are up."""
@@ -189,7 +190,7 @@ class Joined:
         self._needs = {"CPU": cpus, "GPU": gpus}
         self._count = count
 
-    def connect(self, *, check: Callable[[], None]) -> None:
+    def connect(self, *, check: Callable[[], None], runtime_env: dict[str, Any] | None) -> None:
         check()
         host, _, port = self.address.rpartition(":")
         if host and port.isdigit():
@@ -202,7 +203,7 @@ class Joined:
                     "start a cluster with `ray start --head`, or leave the key out for an embedded one"
                 ) from error
         try:
-            init(self.address)
+            init(self.address, runtime_env)
         except ConnectionError as error:
             raise ConfigError(
                 f'cluster.address = "{self.address}": no running Ray cluster was found; '
@@ -247,8 +248,8 @@ class Joined:
         disconnect()
 
 
-def init(address: str) -> None:
-    """Connect this process to a Ray cluster, quietly."""
+def init(address: str, runtime_env: dict[str, Any] | None) -> None:
+    """Connect this process to a Ray cluster, quietly. Ray uploads a local `working_dir` for a whole job only."""
     import ray
     import ray._private.worker as worker
     import ray._raylet as raylet
@@ -260,7 +261,7 @@ def init(address: str) -> None:
     worker.print_to_stdstream = lambda *_, **__: None
     ray.init(
         address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False,
-        include_dashboard=False,
+        include_dashboard=False, runtime_env=runtime_env,
     )  # fmt: skip
 
 

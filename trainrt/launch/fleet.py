@@ -39,7 +39,7 @@ class Fleet:
 
     def start(
         self, sites: Iterable[Site], orders: Callable[[Site], AgentOrders], *,
-        resources: dict[str, float], runtime_env: dict[str, Any] | None,
+        resources: dict[str, float],
     ) -> None:  # fmt: skip
         """Ask for an agent on every site; `setup` waits for them."""
         import ray
@@ -56,7 +56,7 @@ class Fleet:
             self._groups[site.name] = group
             self.sites[site.name] = site
             self._actors[site.name] = actor.options(
-                name=name, namespace=NAMESPACE, lifetime="detached", runtime_env=runtime_env,
+                name=name, namespace=NAMESPACE, lifetime="detached",
                 num_cpus=resources.get("CPU", 0), num_gpus=resources.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
             ).remote(orders(site))  # fmt: skip

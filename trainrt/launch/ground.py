@@ -86,7 +86,7 @@ class Ground:
 
     def connect(self, *, check: Callable[[], None]) -> None:
         """Connect this process to the cluster as soon as that is possible."""
-        self.cluster.connect(check=check)
+        self.cluster.connect(check=check, runtime_env=self._code.runtime_env)
         self.record = replace(self.record, address=self.cluster.address)
         self._save_record()
 
@@ -108,7 +108,7 @@ class Ground:
 
     def add(self, sites: list[Site], *, check: Callable[[], None]) -> None:
         """Put agents on sites and wait for them."""
-        self.fleet.start(sites, self._orders, resources=self._resources(), runtime_env=self._code.runtime_env)
+        self.fleet.start(sites, self._orders, resources=self._resources())
         self._setup([site.name for site in sites], check=check)
 
     def in_place(self, node: str) -> Site | None:
