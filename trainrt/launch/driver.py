@@ -123,6 +123,8 @@ class Driver:
                 while not isinstance(state, Final):
                     event = self._next_event()
                     state = self._guarded(lambda event=event, state=state: self._handle(state, event), state)
+                    if isinstance(state, Diagnosing):
+                        state = self._guarded(lambda state=state: self._diagnose(state), state)
             finally:
                 self._close(state)
         return self._report(state)
@@ -169,6 +171,8 @@ class Driver:
         self.terminal.plan(f"run {self.config.run.name} in {self.run_dir}", self._plan_rows(preflight.plan))
         self.terminal.begin_progress(step=self.status.fields["step"], steps=self.config.run.steps)
         self.logs = LogMonitor(self.run_dir.logs, write=self.terminal.line, node_of=self._node_of)
+        for message in self.ground.fleet.unheard:
+            self._on_left_over(message)
         if self.previous is not None and self.previous.state in ("starting", "running", "diagnosing", "recovering"):
             self._driver_loss(self.previous, adopted=adopted)
         self.now_running = Incarnation(
@@ -189,7 +193,8 @@ class Driver:
         what = "agents and stores were taken over" if adopted else "no cluster was left to take over"
         message = f"the driver of incarnation {previous.incarnation} ended without a word; {what}"
         age = max(0.0, now() - previous.time)
-        self.ledger.open(Incident("driver_loss", message, self.began, step=previous.step, detected_seconds=age))
+        step = self.status.fields["step"]
+        self.ledger.open(Incident("driver_loss", message, self.began, step=step, detected_seconds=age))
 
     def _check_start(self) -> None:
         """While the run comes up: hear the signals, and errors of the plan as soon as they are known."""
@@ -228,7 +233,7 @@ class Driver:
             case FromNode():
                 return self._on_news(state, event)
             case Tick():
-                return self._diagnose(state) if isinstance(state, Diagnosing) else state
+                return state
 
     def _on_stop(self, state: State, event: StopAsked) -> State:
         first, self.stop = self.stop is None, event
@@ -254,7 +259,7 @@ class Driver:
             return state
         diagnosing = self._symptom(state, event.at)
         diagnosing.symptoms.nodes[event.node] = (event.message, event.silent_seconds)
-        return self._diagnose(diagnosing)
+        return diagnosing
 
     def _on_news(self, state: State, event: FromNode) -> State:
         what = event.what
@@ -265,7 +270,7 @@ class Driver:
                 diagnosing = self._symptom(state, event.at)
                 age = max(0.0, now() - what["time"])
                 diagnosing.symptoms.exits[what["rank"]] = Exit(what["code"], age)
-                return self._diagnose(diagnosing)
+                return diagnosing
             case "zygote":
                 self.phases["imports"] = max(self.phases.get("imports", 0.0), round(what["seconds"], 3))
             case "zygote_ended":
@@ -297,13 +302,13 @@ class Driver:
             case "lost":
                 diagnosing = self._symptom(state, event.at)
                 diagnosing.symptoms.parked[rank] = message["message"]
-                return self._diagnose(diagnosing)
+                return diagnosing
             case "error":
                 diagnosing = self._symptom(state, event.at)
                 diagnosing.symptoms.errors[rank] = Error(message["kind"], message["message"], message.get("step"))
                 if self.logs is not None:
                     self.logs.report(message["message"])
-                return self._diagnose(diagnosing)
+                return diagnosing
             case "finished":
                 self.checkpoint = message["checkpoint"] or self.checkpoint
                 running.finished[rank] = message["outcome"]
@@ -332,6 +337,14 @@ class Driver:
             self.status.set(dashboard=self.dashboard.address)
         if self.stop is not None:
             self.ground.fleet.call_all("stop")
+
+    def _on_left_over(self, message: dict[str, Any]) -> None:
+        """Something that workers said when the last driver was dead already."""
+        if message["op"] == "incident":
+            self.ledger.write({**message["incident"], "time": now()})
+        else:
+            append_metrics(self.run_dir, message["line"])
+            self.status.fields["step"] = max(self.status.fields["step"], message["line"]["step"])
 
     def _on_metrics(self, line: dict[str, Any]) -> None:
         append_metrics(self.run_dir, line)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ PERIOD_SECONDS = 0.1
 ORPHANED_SECONDS = 5.0
 """A lease this old has no driver: a request to stop is then the guard's to carry out."""
 HEAD_WAIT_SECONDS = 60.0
+NODE_ID_BYTES = 28
 PR_SET_CHILD_SUBREAPER = 36
 STORE_MODULE = "trainrt.checkpoint.store.daemon"
 
@@ -142,6 +144,8 @@ class Guard:
             os.dup2(log, fd)
         if not self.head:
             _wait_for_port(self.orders.port)
+        # Ray would draw the node's id from a generator that is the same in every fork.
+        os.environ["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = secrets.token_hex(NODE_ID_BYTES)
         cli(["start", *self.node.arguments], standalone_mode=False)
 
     def _find_raylet(self) -> int | None:

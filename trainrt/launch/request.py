@@ -155,9 +155,10 @@ def look_back(request: Request) -> Previous | None:
                     ]
                 )
             )
+    measured = max((line["step"] for line in run_dir.read_metrics()), default=0)
     return Previous(
-        run_id=status["run_id"], state=status["state"], step=status["step"], incarnation=status["incarnation"],
-        time=status["time"], record=Record.load(Folder(run_dir)),
+        run_id=status["run_id"], state=status["state"], step=max(status["step"], measured),
+        incarnation=status["incarnation"], time=status["time"], record=Record.load(Folder(run_dir)),
     )  # fmt: skip
 
 
