@@ -50,19 +50,23 @@ class SnapshotClient:
 
     def begin(self, step: int, *, checkpoint: bool = False) -> np.ndarray | None:
         """A slot to copy the state of `step` into; None, counted, where the store is gone or has no room."""
-        try:
-            answer, _ = self._connect().request("begin", **self._head, step=step, checkpoint=checkpoint)
-        except StoreError:
-            self._lost()
-            self.skipped += 1
-            return None
-        if answer["slot"] is None:
+        answer = self._ask_for_slot(step, checkpoint=checkpoint)
+        if answer is None or answer["slot"] is None:
             self.skipped += 1
             return None
         if answer["slot"] not in self._mapped:
             assert self._described is not None
             self._mapped[answer["slot"]] = map_slot(answer["slot"], self._described[1])
         return self._mapped[answer["slot"]]
+
+    def _ask_for_slot(self, step: int, *, checkpoint: bool) -> dict[str, Any] | None:
+        """The store's answer; a connection that broke is made once more, because a new store may be there."""
+        for _ in range(2 if self._connection is not None else 1):
+            try:
+                return self._connect().request("begin", **self._head, step=step, checkpoint=checkpoint)[0]
+            except StoreError:
+                self._lost()
+        return None
 
     def seal(self, step: int, *, metadata: dict[str, Any] | None, checkpoint: bool) -> None:
         """The slot is written: the store takes over. Returns at once."""
