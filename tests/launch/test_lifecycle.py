@@ -46,7 +46,9 @@ def run(path: Path, run_dir: RunDir, *options: str) -> tuple[int, str]:
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trainrt.cli", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "trainrt.cli", *arguments], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -229,7 +231,8 @@ def test_no_room_in_shared_memory_costs_snapshots_and_not_the_run(tmp_path: Path
     run_dir = RunDir(tmp_path / "run")
     try:
         os.posix_fallocate(fd, 0, max(1, free.f_bavail * free.f_frsize - (96 << 20)))
-        config = small(tmp_path, steps=8, model={"config": {"layers": 2, "hidden_size": 512, "heads": 8, "intermediate_size": 1024, "vocab_size": 320, "max_position": 32}})  # fmt: skip
+        sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 320, "max_position": 32}
+        config = small(tmp_path, steps=8, model={"config": {"layers": 2, "heads": 8, **sizes}})
         code, output = run(write_job(tmp_path, config), run_dir)
     finally:
         os.close(fd)

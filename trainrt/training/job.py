@@ -22,7 +22,7 @@ from trainrt.run_dir import RunDir
 from trainrt.training.data import collate, open_corpus
 from trainrt.training.engines.native import NativeEngine
 from trainrt.training.manifest import constant_metadata
-from trainrt.training.models.build import build
+from trainrt.training.models.build import whole_model
 from trainrt.training.pipeline import Pipeline, SampleSource, load_pipeline, loss_function
 from trainrt.training.planning import make_plan, meta_model
 from trainrt.training.state import Snapshotter, restore
@@ -84,7 +84,7 @@ class Job:
         plan = make_plan(config, world_size=spec.world_size, model=meta, mesh=MeshSize(**spec.mesh))
         groups = make_groups(plan.mesh, device_of(spec))
         source = open_state(spec)
-        model = pipeline.model() if pipeline.model is not None else build(config, fresh=source is None)
+        model = whole_model(config, pipeline.model, fresh=source is None)
         engine = NativeEngine(model, plan, groups, config=config, loss=loss_function(config, pipeline), rank=spec.rank)
         clock.phase("model")
         train, validation, digest = open_samples(config, pipeline)

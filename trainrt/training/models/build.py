@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def build(config: JobConfig, *, fresh: bool) -> nn.Module:
     else:
         model = _construct(config, initialize=fresh)
     return model.to(stored_dtype(config))
+
+
+def whole_model(config: JobConfig, own: Callable[[], nn.Module] | None, *, fresh: bool) -> nn.Module:
+    """The user's model, made under the job's seed so that every rank makes the same one, or the config's."""
+    if own is None:
+        return build(config, fresh=fresh)
+    torch.manual_seed(config.run.seed)
+    return own().to(stored_dtype(config))
 
 
 def model_document(config: JobConfig) -> dict[str, Any]:
