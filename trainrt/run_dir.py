@@ -33,6 +33,8 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.stop_request = self.path / "stop"
+        # Rank 0 writes each metrics line here before it reports it, so that none goes with its node.
+        self.metrics_journal = self.path / ".metrics.jsonl"
         self._lock_fd: int | None = None
 
     def __str__(self) -> str:
@@ -105,6 +107,20 @@ class RunDir:
 
     def read_incidents(self) -> list[dict[str, Any]]:
         return list(read_lines(self.incidents))
+
+    def take_journal(self) -> int:
+        """Append the metrics lines that were journalled but never arrived, and clear the journal.
+
+        Only while no worker runs. Returns the newest step of all metrics lines.
+        """
+        arrived = {(line["step"], line["incarnation"]) for line in read_lines(self.metrics)}
+        for line in read_lines(self.metrics_journal):
+            key = (line["step"], line["incarnation"])
+            if key not in arrived:
+                arrived.add(key)
+                append_line(self.metrics, line)
+        self.metrics_journal.unlink(missing_ok=True)
+        return max((step for step, _ in arrived), default=0)
 
     def compact_metrics(self) -> None:
         """Keep, of the lines that were replayed, the one of the highest incarnation per step."""

@@ -19,7 +19,12 @@ TINY: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny", "steps": 500},
     "model": {
         "config": {
-            "layers": 1, "hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_position": 64,
+            "layers": 1,
+            "hidden_size": 32,
+            "heads": 2,
+            "kv_heads": 1,
+            "intermediate_size": 32,
+            "max_position": 64,
         }  # fmt: skip
     },
     "moe": {"experts": 2, "top_k": 1},
@@ -56,7 +61,9 @@ class Run:
     def launch(self, *options: str) -> Run:
         words = [sys.executable, "-m", "trainrt.cli", "launch", str(self.job), "--run-dir", str(self.directory)]
         with self.output.open("ab") as output:
-            self.process = subprocess.Popen([*words, *self.options, *options], stdout=output, stderr=output, env=environment())
+            self.process = subprocess.Popen(
+                [*words, *self.options, *options], stdout=output, stderr=output, env=environment()
+            )
         return self
 
     def wait(self, *, seconds: float = PATIENCE_SECONDS) -> int:

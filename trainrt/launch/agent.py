@@ -34,9 +34,6 @@ EXIT_SECONDS = 5.0
 LAST_WORDS_SECONDS = 0.1
 LINE_BYTES = 1 << 24
 
-KEPT = ("metrics", "incident")
-"""What of an earlier driver's unfetched events is of use to the next one: lines for the run directory."""
-
 Event = dict[str, Any]
 
 
@@ -92,7 +89,7 @@ class Agent:
         """
         self._last_poll = time.monotonic()
         await self.end_workers(at_once=True)
-        unheard, self._events = self._events, []
+        self._events.clear()
         if not self._tasks:
             self._spawn(self._watch())
             self._spawn(self._renew())
@@ -106,9 +103,6 @@ class Agent:
             "proof": read_text(self._run_dir / ".cluster" / "proof"),
             "python": sys.version.split()[0],
             "sequence": self._sequence,
-            "unheard": [
-                event["message"] for event in unheard if event["type"] == "said" and event["message"]["op"] in KEPT
-            ],
             "store": self._store_record(),
         }
 

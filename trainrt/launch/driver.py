@@ -166,13 +166,13 @@ class Driver:
         finally:
             preflight = self.planner.result(check=self._check_start)
         self._phase("plan")
+        if self.previous is not None:
+            self.status.fields["step"] = max(self.status.fields["step"], self.run_dir.take_journal())
         self.entropy = preflight.unigram_entropy
         self.status.set(message="starting the workers", unigram_entropy=self.entropy)
         self.terminal.plan(f"run {self.config.run.name} in {self.run_dir}", self._plan_rows(preflight.plan))
         self.terminal.begin_progress(step=self.status.fields["step"], steps=self.config.run.steps)
         self.logs = LogMonitor(self.run_dir.logs, write=self.terminal.line, node_of=self._node_of)
-        for message in self.ground.fleet.unheard:
-            self._on_left_over(message)
         if self.previous is not None and self.previous.state in ("starting", "running", "diagnosing", "recovering"):
             self._driver_loss(self.previous, adopted=adopted)
         self.now_running = Incarnation(
@@ -305,7 +305,7 @@ class Driver:
                 return diagnosing
             case "error":
                 diagnosing = self._symptom(state, event.at)
-                diagnosing.symptoms.errors[rank] = Error(message["kind"], message["message"], message.get("step"))
+                diagnosing.symptoms.errors[rank] = Error(message["kind"], message["message"], message["traceback"])
                 if self.logs is not None:
                     self.logs.report(message["message"])
                 return diagnosing
@@ -337,14 +337,6 @@ class Driver:
             self.status.set(dashboard=self.dashboard.address)
         if self.stop is not None:
             self.ground.fleet.call_all("stop")
-
-    def _on_left_over(self, message: dict[str, Any]) -> None:
-        """Something that workers said when the last driver was dead already."""
-        if message["op"] == "incident":
-            self.ledger.write({**message["incident"], "time": now()})
-        else:
-            append_metrics(self.run_dir, message["line"])
-            self.status.fields["step"] = max(self.status.fields["step"], message["line"]["step"])
 
     def _on_metrics(self, line: dict[str, Any]) -> None:
         append_metrics(self.run_dir, line)
@@ -399,19 +391,16 @@ class Driver:
             fault.kind, fault.message, state.since, ranks=list(fault.ranks), nodes=list(fault.nodes),
             step=running.completed, detected_seconds=fault.detected_seconds,
         )  # fmt: skip
-        self.ledger.open(incident)
         self.status.set(message=fault.message)
         state.failure = self.patience.fault(fault, completed=running.completed)
         state.resume_at = time.monotonic() + self.patience.delay_seconds
-        if state.failure is not None:
-            incident.action = "stop"
-        self._say(fault, stopping=state.failure is not None)
-
-    def _say(self, fault: Fault, *, stopping: bool) -> None:
-        """A fault on the terminal; an error that repeats itself is told once, at the end."""
-        if not stopping:
-            logs = "" if fault.kind != "user_error" else f"; traceback: {self.run_dir.log(fault.ranks[0])}"
-            self.terminal.line(f"{fault.kind}: {fault.message}{logs}")
+        if state.failure is None:
+            self.ledger.open(incident)
+            self.terminal.line(first_words(fault, step=running.completed))
+        else:
+            self.ledger.stop(incident)
+            if fault.kind == "user_error":
+                state.failure += f"; traceback: {self.run_dir.log(fault.ranks[0])}"
 
     def _resume(self, state: Diagnosing) -> State:
         """Give the ranks seats and order the next incarnation."""
@@ -425,6 +414,7 @@ class Driver:
                 incident.action = "stop"
                 return Failed(f"{incident.message}; no spare is left and the mesh cannot shrink: {error}")
             write_json(self.run_dir.plan, running.plan.to_json())
+        self.run_dir.take_journal()
         self._order()
         return Recovering(time.monotonic())
 
@@ -495,6 +485,7 @@ class Driver:
             self.logs.close()
         self.terminal.end_progress()
         self.processes.clear(incarnation=self.status.fields["incarnation"])
+        self.run_dir.take_journal()
         self.run_dir.compact_metrics()
         self.run_dir.stop_request.unlink(missing_ok=True)
         if isinstance(state, Final):
@@ -525,6 +516,14 @@ class Driver:
         )
         self.terminal.summary([*rows, ("next", command)])
         return state.exit_code
+
+
+def first_words(fault: Fault, *, step: int) -> str:
+    """A fault on the terminal, as it happens. An exception of the user's is told once: when it comes again."""
+    if fault.kind == "user_error":
+        ranks = ", ".join(map(str, fault.ranks))
+        return f"user_error: an exception on rank {ranks} after step {step}; one more try from the same state"
+    return f"{fault.kind}: {fault.message}"
 
 
 def new_run_id() -> str:

@@ -31,7 +31,6 @@ class Fleet:
         self.sites: dict[str, Site] = {}
         self.hosts: dict[str, str] = {}
         self.processes: dict[str, list[dict[str, Any]]] = {}
-        self.unheard: list[dict[str, Any]] = []
         self._over = threading.Event()
 
     @property
@@ -110,7 +109,6 @@ class Fleet:
                 )
             self.hosts[node] = answer["host"]
             sequence = answer["sequence"]
-            self.unheard += answer["unheard"]
             threading.Thread(target=self._poll, args=(node, sequence), name=f"poll-{node}", daemon=True).start()
         return answers
 

@@ -16,6 +16,7 @@ import ctypes
 import json
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -111,6 +112,7 @@ class Guard:
             signal.signal(number, signal.SIG_IGN)
         starter = _fork(lambda: self._start_ray(cli))
         raylet: int | None = None
+        watch: int | None = None
         failed = False
         try:
             while not self._over():
@@ -121,13 +123,15 @@ class Guard:
                     return
                 if raylet is None:
                     raylet = self._find_raylet()
-                elif raylet and not alive(raylet):
-                    end_below(keep=self._kept())
-                    raylet = 0
-                    self._write(raylet)
+                    watch = None if raylet is None else os.pidfd_open(raylet)
                 if self.record.exists():
                     os.utime(self.record)
-                time.sleep(PERIOD_SECONDS)
+                if watch is not None and select.select([watch], [], [], PERIOD_SECONDS)[0]:
+                    end_below(keep=self._kept())
+                    raylet, watch = 0, None
+                    self._write(raylet)
+                elif watch is None:
+                    time.sleep(PERIOD_SECONDS)
         finally:
             end_below(keep=is_store)
             if not failed:

@@ -46,6 +46,15 @@ class Ledger:
     def open(self, incident: Incident) -> None:
         self._open.append(incident)
 
+    def stop(self, incident: Incident) -> None:
+        """A fault that ends the run. One that came again, before a step was completed, is the same fault."""
+        again = [held for held in self._open if held.kind == incident.kind and held.step == incident.step]
+        if again:
+            again[-1].action = "stop"
+        else:
+            incident.action = "stop"
+            self._open.append(incident)
+
     @property
     def pending(self) -> list[Incident]:
         return list(self._open)

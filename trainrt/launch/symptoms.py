@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SURVIVABLE = ("worker_exit", "worker_hang", "node_loss", "network", "user_error", "storage")
+FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 ADDRESSES = re.compile(r"0x[0-9a-f]+|:\d{4,5}\b")
 
 
@@ -21,7 +22,16 @@ class Error:
 
     kind: str
     message: str
-    step: int | None
+    traceback: str = ""
+
+    @property
+    def where(self) -> str:
+        """The innermost frame, " (file.py:12 in name)", or nothing."""
+        frames = FRAME.findall(self.traceback)
+        if not frames:
+            return ""
+        path, line, name = frames[-1]
+        return f" ({path.rpartition('/')[2]}:{line} in {name})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +117,8 @@ class Symptoms:
         same = tuple(sorted(rank for rank, other in self.errors.items() if other.message == error.message))
         kind = {"runtime": "storage"}.get(error.kind, error.kind)
         signature = ADDRESSES.sub("", f"{kind} {error.message}")
-        return Fault(kind, f"{self._names(same)}: {error.message}", same, self._nodes_of(same), signature, 0.0)
+        message = f"{self._names(same)}: {error.message}{error.where}"
+        return Fault(kind, message, same, self._nodes_of(same), signature, 0.0)
 
     def _exit(self, exits: dict[int, Exit]) -> Fault:
         ranks = tuple(exits)

@@ -14,6 +14,7 @@ from trainrt.config import SnapshotConfig
 from trainrt.errors import NonFinite
 from trainrt.events import ring
 from trainrt.parallel.cost import PEAK_FLOPS, flops_per_token
+from trainrt.run_dir import append_line
 from trainrt.training.control import Control
 from trainrt.training.data import digest_batch, logical_shards, sample_ids
 from trainrt.training.engines.native import StepResult
@@ -212,6 +213,7 @@ def report(
     }  # fmt: skip
     if validation is not None:
         line["validation_loss"] = validation
+    append_line(job.run_dir.metrics_journal, line)
     control.send("metrics", line=line)
 
 
