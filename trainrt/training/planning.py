@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from trainrt.config import JobConfig, MeshSize, load, parse
+from trainrt.config import DataConfig, JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
 from trainrt.parallel.mesh import choose_device
@@ -18,6 +19,7 @@ from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.derive import derive
 from trainrt.parallel.planner.rules import find_blocks
 from trainrt.parallel.search import assess, choose
+from trainrt.run_dir import read_json
 from trainrt.training.data import Corpus, open_corpus
 from trainrt.training.models.build import build_meta, stored_dtype, weight_files
 from trainrt.training.models.packing import packed_parts
@@ -91,7 +93,10 @@ def load_for_plan(source: Path, *, nodes: int | None = None, devices_per_node: i
     sizes = [("nodes", nodes), ("workers_per_node", devices_per_node)]
     if source.is_dir():
         cluster = {key: value for key, value in sizes if value is not None}
-        return parse({"model": {"kind": "huggingface", "config": str(source)}, "cluster": cluster})
+        document = read_json(source / "config.json") or {}
+        length = min(DataConfig().sequence_length, document.get("max_position_embeddings") or sys.maxsize)
+        model = {"kind": "huggingface", "config": str(source)}
+        return parse({"model": model, "data": {"sequence_length": length}, "cluster": cluster})
     return load(source, [f"cluster.{key}={value}" for key, value in sizes if value is not None])
 
 
