@@ -15,18 +15,10 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_SECONDS = 90.0
 
+SIZES = {"layers": 1, "hidden_size": 32, "heads": 2, "kv_heads": 1, "intermediate_size": 32, "max_position": 64}
 TINY: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny", "steps": 500},
-    "model": {
-        "config": {
-            "layers": 1,
-            "hidden_size": 32,
-            "heads": 2,
-            "kv_heads": 1,
-            "intermediate_size": 32,
-            "max_position": 64,
-        }  # fmt: skip
-    },
+    "model": {"config": SIZES},
     "moe": {"experts": 2, "top_k": 1},
     "data": {"sequence_length": 32, "global_batch": 4, "microbatch": 1},
     "optimizer": {"warmup_steps": 2},

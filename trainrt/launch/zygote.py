@@ -96,6 +96,8 @@ class Zygote:
             ctypes.CDLL(None).prctl(PR_SET_NAME, f"trainrt-rank{order['rank']}".encode(), 0, 0, 0)
             self._entry(connection)
             code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
             traceback.print_exc()
         finally:

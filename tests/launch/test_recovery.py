@@ -1,0 +1,102 @@
+"""What is decided after a fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import job
+from trainrt.config import MeshSize
+from trainrt.errors import PlanError
+from trainrt.launch.recovery import (
+    TRIES_WITHOUT_PROGRESS,
+    Patience,
+    Progress,
+    choose_origin,
+    largest_world,
+    seat_ranks,
+)
+from trainrt.launch.symptoms import Fault
+
+
+def fault(kind: str = "user_error", signature: str | None = "ValueError: no") -> Fault:
+    return Fault(kind, "rank 0 (n0): ValueError: no", (0,), ("n0",), signature, 0.0)
+
+
+def test_the_newest_state_is_taken_and_memory_before_disk() -> None:
+    disk = (10, Path("step-00000010"))
+    assert choose_origin(12, disk).to_json() == {"from": "memory", "step": 12}
+    assert choose_origin(10, disk).kind == "memory"
+    assert choose_origin(9, disk).to_json() == {"from": "disk", "path": "step-00000010"}
+    assert choose_origin(None, disk).kind == "disk"
+    assert choose_origin(None, None).to_json() == {"from": "none"}
+
+
+def test_the_same_error_at_the_same_step_stops_the_job() -> None:
+    patience = Patience()
+    assert patience.fault(fault(), completed=7) is None
+    assert "twice at the same step" in (patience.fault(fault(), completed=7) or "")
+
+
+def test_an_error_at_another_step_or_a_kill_at_the_same_one_is_tried_again() -> None:
+    patience = Patience()
+    assert patience.fault(fault(), completed=7) is None
+    assert patience.fault(fault(), completed=8) is None
+    assert patience.fault(fault("worker_exit", None), completed=8) is None
+    assert patience.fault(fault("worker_exit", None), completed=8) is None
+
+
+def test_tries_without_progress_are_counted_and_slowed_down() -> None:
+    patience, delays, tries = Patience(), [], 0
+    while patience.fault(fault("worker_exit", None), completed=3) is None:
+        delays.append(patience.delay_seconds)
+        tries += 1
+    assert tries == TRIES_WITHOUT_PROGRESS - 1
+    assert delays[0] == 0 and delays == sorted(delays) and delays[-1] > delays[1] > 0
+
+
+def test_progress_makes_patience_new() -> None:
+    patience = Patience()
+    for completed in range(3 * TRIES_WITHOUT_PROGRESS):
+        assert patience.fault(fault("worker_exit", None), completed=completed) is None
+        assert patience.delay_seconds == 0
+
+
+def test_a_loss_that_is_no_number_is_not_tried_again() -> None:
+    assert Patience().fault(fault("non_finite"), completed=3) is not None
+
+
+def test_an_explicit_mesh_shrinks_fsdp_then_dp() -> None:
+    config = job(mesh={"dp": 2, "fsdp": 4})
+    assert largest_world(config, available=8) == MeshSize(dp=2, fsdp=4)
+    assert largest_world(config, available=7) == MeshSize(dp=2, fsdp=3)
+    assert largest_world(config, available=2) == MeshSize(dp=2, fsdp=1)
+    assert largest_world(config, available=1) == MeshSize(dp=1, fsdp=1)
+
+
+def test_what_tensor_and_expert_parallelism_need_stays() -> None:
+    config = job(mesh={"fsdp": 3, "tp": 2})
+    assert largest_world(config, available=5) == MeshSize(fsdp=2, tp=2)
+    with pytest.raises(PlanError, match="multiple of pp\\*cp\\*tp = 2"):
+        largest_world(config, available=1)
+    with pytest.raises(PlanError, match="ep = 2"):
+        largest_world(job(mesh={"fsdp": 4, "ep": 2}), available=1)
+
+
+def test_mode_auto_takes_whatever_is_left() -> None:
+    config = job(parallel={"mode": "auto"})
+    assert largest_world(config, available=3) == 3
+    with pytest.raises(PlanError):
+        largest_world(config, available=0)
+
+
+def test_nodes_are_filled_in_order() -> None:
+    assert seat_ranks(3, ["n0", "n2"], workers_per_node=2) == {0: "n0", 1: "n0", 2: "n2"}
+
+
+def test_a_step_is_complete_when_the_last_rank_has_done_it() -> None:
+    progress = Progress(2, done=10)
+    assert not progress.step(0, 11) and progress.completed == 10
+    assert progress.step(1, 11) and progress.completed == 11
+    assert not progress.step(0, 12)
