@@ -71,7 +71,7 @@ def stop(run_dir: RunDirectory) -> None:
     """Ask a run to write a checkpoint and end; the same launch command goes on later."""
     from trainrt.launch.control import stop as ask
 
-    ask(run_dir)
+    print(ask(run_dir))
 
 
 @app.command()

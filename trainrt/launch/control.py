@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainrt.errors import RunDirError, TrainrtError
-from trainrt.launch.record import Folder
+from trainrt.launch.record import Folder, Record
 from trainrt.run_dir import RunDir
 
 STOP_SECONDS = 600.0
@@ -57,9 +57,20 @@ def stop(path: str | Path, *, timeout_seconds: float = STOP_SECONDS) -> str:
     run_dir.stop_request.unlink(missing_ok=True)
     document = run_dir.read_status() or {}
     if not live:
+        _end_stores(folder)
         folder.forget_cluster()
         return f"{run_dir}: what a dead driver had left behind is ended; the newest checkpoint stays"
     return f"{run_dir}: {document.get('state')} at step {document.get('step')}"
+
+
+def _end_stores(folder: Folder) -> None:
+    """Agents end their stores; where an agent was killed, too, its store is ended from here."""
+    from trainrt.launch.stores import end_stores, sweep_memory
+
+    record = Record.load(folder)
+    if record is not None:
+        end_stores(record.stores, secret=folder.secret.read_text())
+        sweep_memory(record.run_id)
 
 
 def leftovers(folder: Folder) -> bool:

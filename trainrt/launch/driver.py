@@ -91,6 +91,7 @@ class Driver:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.run_id = previous.run_id if previous is not None else new_run_id()
         self.phases: dict[str, float] = {}
+        self.tidied_at = 0.0
         self.status = Status(
             self.run_dir, run_id=self.run_id, steps=self.config.run.steps,
             step=previous.step if previous is not None else 0,
@@ -218,7 +219,8 @@ class Driver:
     # Events.
 
     def _next_event(self) -> Event:
-        self._housekeeping()
+        if time.monotonic() - self.tidied_at > TICK_SECONDS:
+            self._housekeeping()
         try:
             return self.events.get(timeout=TICK_SECONDS)
         except queue.Empty:
@@ -432,6 +434,7 @@ class Driver:
 
     def _housekeeping(self) -> None:
         """Lease, stop request, cluster.json, protection."""
+        self.tidied_at = time.monotonic()
         ground = self.ground
         if hasattr(ground, "cluster"):
             ground.folder.renew_lease()

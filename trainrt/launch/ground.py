@@ -5,25 +5,19 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainrt.checkpoint.store.slots import shared_folder
 from trainrt.config import JobConfig
 from trainrt.launch.agent import AgentOrders
 from trainrt.launch.cluster import Cluster, Embedded, Joined, Site, free_port, local_gpus
 from trainrt.launch.fleet import Fleet
 from trainrt.launch.machine import Event
 from trainrt.launch.record import Folder, Record, Shape
-from trainrt.launch.stores import Stores
+from trainrt.launch.stores import Stores, sweep_memory
 from trainrt.run_dir import RunDir
-
-MEMORY_SECONDS = 5.0
-"""How long ended stores may take to remove their shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,16 +152,8 @@ class Ground:
         self.stores.shutdown()
         if hasattr(self, "cluster"):
             self.cluster.close()
-        self._sweep_memory()
+        sweep_memory(self._run_id)
         self.folder.forget_cluster()
-
-    def _sweep_memory(self) -> None:
-        """Stores remove their memory as they end; what a killed one left on this host goes here."""
-        shared = shared_folder(self._run_id, "n0").parent
-        deadline = time.monotonic() + MEMORY_SECONDS
-        while any(shared.glob("*/store.sock")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        shutil.rmtree(shared, ignore_errors=True)
 
     # Parts.
 

@@ -76,6 +76,10 @@ def main(orders_path: str) -> int:
 
     # Nobody uses Ray's client server here; without its dependencies `ray start` leaves it out.
     scripts.get_ray_client_dependency_error = lambda: ImportError("not wanted")
+    if not os.path.exists(orders.lease):
+        # The driver has given up in the meantime.
+        shutil.rmtree(orders.scratch, ignore_errors=True)
+        return 0
     guards = [_fork(lambda node=node: Guard(orders, node).run(scripts.cli)) for node in orders.nodes]  # type: ignore[misc]
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

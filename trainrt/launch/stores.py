@@ -6,15 +6,37 @@ to restore from, until a newer generation is committed elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from trainrt.checkpoint.store.admin import StoreAdmin, newest_common
+from trainrt.checkpoint.store.slots import shared_folder
 from trainrt.config import JobConfig
 from trainrt.errors import StoreError
 from trainrt.run_dir import RunDir
+
+MEMORY_SECONDS = 5.0
+"""How long ended stores may take to remove their shared memory."""
+
+
+def sweep_memory(run_id: str) -> None:
+    """Stores remove their memory as they end; what a killed one left on this host goes here."""
+    shared = shared_folder(run_id, "n0").parent
+    deadline = time.monotonic() + MEMORY_SECONDS
+    while any(shared.glob("*/store.sock")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    shutil.rmtree(shared, ignore_errors=True)
+
+
+def end_stores(addresses: Mapping[str, str], *, secret: str) -> None:
+    """End stores that nobody serves any more; those that are gone are no matter."""
+    for address in addresses.values():
+        with suppress(StoreError, OSError):
+            StoreAdmin(address, secret).shutdown()
 
 
 class Stores:
