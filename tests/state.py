@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.jobs import engine, train
 from tests.ranks import run_ranks
-from trainrt.checkpoint.source import MemorySource, Source, digest
+from trainrt.checkpoint.source import MemorySource, digest
 from trainrt.checkpoint.universal import Universal, WritePlan, write
 from trainrt.config import JobConfig
 from trainrt.parallel.layout import Key, Layout
@@ -27,17 +27,20 @@ def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, firs
         restore(made, source)
         done, made.updates = progress_of(source)
         assert done == first - 1
-    losses = [(result.loss, result.grad_norm) for result in train(made, config, steps=steps, first=first)]
     snapshotter = Snapshotter(made)
     buffer = np.zeros(snapshotter.bytes, np.uint8)
     snapshotter.copy_into(buffer)
-    np.save(f"{target}/rank-{rank}.npy", buffer)
+    np.save(f"{target}/initial-{rank}.npy", buffer)
+    before = made.updates
+    losses = [(result.loss, result.grad_norm) for result in train(made, config, steps=steps, first=first)]
+    snapshotter.copy_into(buffer)
+    np.save(f"{target}/final-{rank}.npy", buffer)
     metadata = None
     if rank == 0:
         constants = constant_metadata("test", config, pipeline=Pipeline(), plan=made.plan)
         done = first + steps - 1
         metadata = {**constants, **step_metadata(made, done, steps=config.run.steps, corpus_digest=None)}
-    return losses, snapshotter.layout.to_json(), metadata
+    return losses, snapshotter.layout.to_json(), metadata, before
 
 
 class Trained:
@@ -53,15 +56,21 @@ class Trained:
         self.config, self.folder = config, folder
         self.losses: list[tuple[float, float]] = results[0][0]
         self.metadata: dict[str, Any] = results[0][2]
+        self.updates_before: int = results[0][3]
         layout = Layout()
-        storages = {}
-        for rank, (_, part, _) in enumerate(results):
-            layout.merge(Layout.from_json(part))
-            storages[rank, "state"] = np.load(folder / f"rank-{rank}.npy")
-        self.source: Source = MemorySource(layout, storages)
+        for result in results:
+            layout.merge(Layout.from_json(result[1]))
+        self.initial, self.source = (
+            MemorySource(layout, {(r, "state"): np.load(folder / f"{name}-{r}.npy") for r in range(len(results))})
+            for name in ("initial", "final")
+        )
 
     def digests(self, roles: set[str] | None = None) -> dict[Key, str]:
         return digest(self.source, roles=roles)
+
+    def initial_digests(self) -> dict[Key, str]:
+        """Of the state before the first of these steps: freshly made, or as it was loaded."""
+        return digest(self.initial)
 
     def checkpoint(self) -> Path:
         plan = WritePlan.build(self.source.layout, self.metadata, writers=["a"], writer_of_rank={})

@@ -16,14 +16,14 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs shared by the cells: (kind, mesh, sections, steps) to what it left."""
+    """Runs shared by the cells: (kind, mesh, sections) to what it left."""
     made: dict[str, Trained] = {}
 
-    def get(row: Row, mesh: dict[str, int], steps: int) -> Trained:
-        key = repr((row.kind, mesh, row.sections, steps))
+    def get(row: Row, mesh: dict[str, int]) -> Trained:
+        key = repr((row.kind, mesh, row.sections))
         if key not in made:
             config = job(row.kind, mesh=mesh, **row.sections)
-            made[key] = Trained(config, tmp_path_factory.mktemp("trained"), steps=steps)
+            made[key] = Trained(config, tmp_path_factory.mktemp("trained"), steps=STEPS)
         return made[key]
 
     return get
@@ -36,28 +36,28 @@ def worst(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_parity(row: Row, trained: Any, record_property: Any) -> None:
     record_property("cell", (row.name, "parity"))
-    assert worst(trained(row, row.mesh, STEPS).losses, trained(row, {}, STEPS).losses) < row.tolerance
+    assert worst(trained(row, row.mesh).losses, trained(row, {}).losses) < row.tolerance
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_layout_digest(row: Row, trained: Any, record_property: Any) -> None:
     record_property("cell", (row.name, "layout digest"))
-    fresh, single = trained(row, row.mesh, 0).digests(), trained(row, {}, 0).digests()
-    assert fresh == single
-    assert trained(row, row.mesh, STEPS).digests().keys() == fresh.keys()
-    assert trained(row, row.mesh, STEPS).digests() != fresh, "negative control: trained state differs"
+    made, single = trained(row, row.mesh), trained(row, {})
+    assert made.initial_digests() == single.initial_digests()
+    assert made.digests().keys() == single.digests().keys()
+    assert made.digests() != made.initial_digests(), "negative control: trained state differs"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_resume_on_another_mesh(row: Row, trained: Any, record_property: Any, tmp_path: Path) -> None:
     record_property("cell", (row.name, "resume on another mesh"))
-    before = trained(row, row.mesh, STEPS)
+    before = trained(row, row.mesh)
     checkpoint = before.checkpoint()
     config = job(row.kind, mesh=row.other, **row.sections)
-    loaded = Trained(config, tmp_path / "loaded", start=checkpoint, first=STEPS + 1)
-    assert loaded.digests() == before.digests()
-    same = {key: loaded.metadata[key] for key in ("step", "updates", "scheduler", "data")}
-    assert same == {key: before.metadata[key] for key in same}
     here = Trained(before.config, tmp_path / "here", start=checkpoint, steps=2, first=STEPS + 1)
     there = Trained(config, tmp_path / "there", start=checkpoint, steps=2, first=STEPS + 1)
+    assert here.initial_digests() == there.initial_digests() == before.digests()
+    assert here.updates_before == there.updates_before == before.metadata["updates"]
+    same = ("step", "updates", "scheduler", "data")
+    assert [there.metadata[key] for key in same] == [here.metadata[key] for key in same]
     assert worst(there.losses, here.losses) < row.tolerance
