@@ -151,11 +151,12 @@ class Incarnation:
         before = self.completed
         self.number += not self._abandoned
         self._abandoned = False
+        # From here on the stores commit nothing of the last incarnation, so what they answer stays true.
+        self.configure_stores()
         generation = self._ground.stores.newest()
         self.origin = choose_origin(generation, newest_checkpoint(self._ground.run_dir))
         self.progress = Progress(self.world_size, done=self.origin.step)
         self.finished.clear()
-        self.configure_stores()
         specs: dict[str, list[dict[str, Any]]] = {}
         for rank, node in self.seats.items():
             specs.setdefault(node, []).append(self._spec(rank, node, local_rank=len(specs.get(node, []))))
