@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; a last line still being written is left out."""
+    """The whole lines of a JSONL file; what a killed writer left torn is left out."""
     try:
         text = path.read_text()
     except FileNotFoundError:
         return
     for line in text.splitlines(keepends=True):
         if line.endswith("\n") and line.strip():
-            yield json.loads(line)
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
 
 
 def replace(path: Path, text: str) -> None:

@@ -237,3 +237,20 @@ def test_no_room_in_shared_memory_costs_snapshots_and_not_the_run(tmp_path: Path
     assert run_dir.read_metrics()[-1]["snapshots_skipped"] > 0
     assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 9))
     assert verify(run_dir.checkpoint(8))["ok"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of one's own needs root")
+def test_no_room_for_checkpoints_is_said_and_training_goes_on_to_its_end(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create()
+    path = write_job(tmp_path, small(tmp_path, steps=30, checkpoint={"every": 10}))
+    script = (
+        f"mount -t tmpfs -o size=100k tmpfs {run_dir.checkpoints} && "
+        f"exec {sys.executable} -m trainrt.cli launch {path} --run-dir {run_dir.path}"
+    )
+    result = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=150)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "no room for a checkpoint" in result.stdout + result.stderr
+    assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 31))
+    first = run_dir.read_incidents()[0]
+    assert (first["kind"], first["action"], first["step"]) == ("storage", "skip", 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Spec:
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Spec:
-        return cls(**{field.name: message[field.name] for field in fields(cls)})
+        return cls(**{key.name: message[key.name] for key in fields(cls)})
 
 
 @dataclass(slots=True)
@@ -72,6 +72,7 @@ class Job:
     done: int
     constants: dict[str, Any]
     snapshotted: int | None = None
+    writing: list[int] = field(default_factory=list)
 
     @classmethod
     def build(cls, spec: Spec, *, report: Callable[..., None]) -> Job:

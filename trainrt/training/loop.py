@@ -117,6 +117,8 @@ def snapshot(job: Job, step: int, *, ending: bool) -> Stall:
             job.snapshotter.copy_into(buffer)
             job.store.seal(step, metadata=metadata_of(job, step), checkpoint=checkpoint)
             job.snapshotted = step
+            if checkpoint:
+                job.writing.append(step)
     return Stall(time.perf_counter() - start, checkpoint)
 
 
@@ -202,8 +204,10 @@ def report(
     if job.spec.rank != 0:
         return
     if not result.updated:
-        control.send("incident", incident=_skipped(step, result))
+        left_out = f"loss = {result.loss}, grad_norm = {result.grad_norm}: the update of step {step} was left out"
+        control.send("incident", incident=_incident("non_finite", step, left_out))
     rate = result.tokens / seconds
+    follow_checkpoints(job, control)
     line = {
         "step": step, "loss": finite(result.loss), "grad_norm": finite(result.grad_norm), "learning_rate": result.learning_rate,
         "tokens": result.tokens, "step_seconds": seconds, "tokens_per_second": rate, "mfu": meter.mfu(rate),
@@ -217,6 +221,20 @@ def report(
     control.send("metrics", line=line)
 
 
+def follow_checkpoints(job: Job, control: Control) -> None:
+    """Say what became of the checkpoints that are written beside the training: a full disk does not stop it."""
+    for step in list(job.writing):
+        assert job.store is not None
+        path, failure = job.store.checkpoint_outcome(step)
+        if path is not None:
+            control.send("checkpointed", step=step, path=path)
+        elif failure is not None:
+            control.send("incident", incident=_incident("storage", step, f"no checkpoint of step {step}: {failure}"))
+        else:
+            continue
+        job.writing.remove(step)
+
+
 def finite(value: float) -> float | None:
     """A number as JSON knows it: null for what is none."""
     return value if math.isfinite(value) else None
@@ -227,9 +245,9 @@ def samples_digest(leaf_digests: list[int]) -> str:
     return xxhash.xxh3_64_hexdigest(b"".join(digest.to_bytes(8, "little") for digest in leaf_digests))
 
 
-def _skipped(step: int, result: StepResult) -> dict[str, Any]:
+def _incident(kind: str, step: int, message: str) -> dict[str, Any]:
+    """An incident that left something out and stopped nothing."""
     return {
-        "kind": "non_finite", "ranks": [], "nodes": [], "step": step, "detected_seconds": 0.0,
-        "recovered_seconds": None, "steps_lost": 0, "restored_from": "none", "action": "skip",
-        "message": f"loss = {result.loss}, grad_norm = {result.grad_norm}: the update of step {step} was left out",
+        "kind": kind, "ranks": [], "nodes": [], "step": step, "detected_seconds": 0.0, "recovered_seconds": None,
+        "steps_lost": 0, "restored_from": "none", "action": "skip", "message": message,
     }  # fmt: skip

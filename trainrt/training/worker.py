@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainrt.errors import NonFinite, PeerLost, TrainrtError
+from trainrt.errors import CheckpointError, NonFinite, PeerLost, StoreError, TrainrtError
 from trainrt.parallel.mesh import backend_of
 from trainrt.training.control import Control
 from trainrt.training.job import Job, Spec
@@ -61,6 +61,8 @@ def _run_incarnation(spec: Spec, control: Control) -> None:
         control.send("lost", message=str(error))
     except NonFinite as error:
         control.send("error", kind="non_finite", message=str(error), traceback="", step=_step_of(error))
+    except (CheckpointError, StoreError) as error:
+        control.send("error", kind="storage", message=str(error), traceback="", step=_step_of(error))
     except TrainrtError as error:
         control.send("error", kind="runtime", message=str(error), traceback="", step=_step_of(error))
     except Exception as error:

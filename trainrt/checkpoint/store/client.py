@@ -94,6 +94,15 @@ class SnapshotClient:
             self.skipped += 1
         return bool(answer["committed"])
 
+    def checkpoint_outcome(self, step: int) -> tuple[str | None, str | None]:
+        """(path, failure) of the checkpoint of `step`, both None while it is being written. Does not wait."""
+        try:
+            answer, _ = self._connect().request("checkpoint_outcome", step=step)
+        except StoreError:
+            self._lost()
+            return None, None
+        return answer["path"], answer["failure"]
+
     def wait_checkpoint(self, step: int, timeout_seconds: float) -> Path:
         """Wait for the checkpoint of `step`. Raises StoreError with the reason if it was not written."""
         answer, _ = self._connect().request(

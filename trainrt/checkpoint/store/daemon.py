@@ -217,6 +217,10 @@ class Store:
             return {"path": self._checkpoints[step]}
         raise StoreError(f"checkpoint of step {step}: {self._failures.get(step, 'not written in time')}")
 
+    async def op_checkpoint_outcome(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Where the checkpoint of a step lies, or why it was not written; both null while it is being written."""
+        return {"path": self._checkpoints.get(message["step"]), "failure": self._failures.get(message["step"])}
+
     # Between stores.
 
     async def op_sealed(self, message: dict[str, Any]) -> dict[str, Any]:
