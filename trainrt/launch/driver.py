@@ -98,8 +98,6 @@ class Driver:
             incarnation=previous.incarnation if previous is not None else 0,
         )  # fmt: skip
         self.processes = Processes(self.run_dir)
-        self.ledger = Ledger(self.run_dir, tell=terminal.incident)
-        self.protection = Protection(self.config, self.ledger)
         self.patience = Patience()
         self.stop: StopAsked | None = None
         self.checkpoint: str | None = None
@@ -110,6 +108,8 @@ class Driver:
         self.now_running: Incarnation | None = None
         folder = Folder(self.run_dir)
         folder.create()
+        self.ledger = Ledger(self.run_dir, folder.open_incidents, tell=terminal.incident)
+        self.protection = Protection(self.config, self.ledger)
         code = Code(request.entry, request.preload, request.runtime_env())
         self.ground = Ground(self.run_dir, self.config, code, run_id=self.run_id, put=self.events.put)
         self.planner = Planner(self.config)
@@ -332,7 +332,7 @@ class Driver:
 
     def _recovered(self) -> None:
         """Steps are being completed (again)."""
-        self.ledger.close_all(recovered=True)
+        self.ledger.stepped()
         if self.dashboard is None and self.config.diagnostics.dashboard:
             self.dashboard = Dashboard(self.run_dir, port=self.config.diagnostics.port)
             self.terminal.line(f"live page: {self.dashboard.address}")
@@ -346,7 +346,7 @@ class Driver:
         self.terminal.metrics(line, steps=self.config.run.steps)
 
     def _all_finished(self, step: int) -> State:
-        self.ledger.close_all(recovered=True)
+        self.ledger.stepped()
         self.status.step(step)
         outcomes = set(self._running().finished.values())
         self.ground.fleet.call_all("end_workers", at_once=False)
@@ -407,7 +407,7 @@ class Driver:
     def _resume(self, state: Diagnosing) -> State:
         """Give the ranks seats and order the next incarnation."""
         running = self._running()
-        incident = self.ledger.pending[-1]
+        incident = self.ledger.last()
         lost = list(state.symptoms.nodes)
         if lost:
             try:
@@ -424,9 +424,7 @@ class Driver:
         """Order the next incarnation from the newest state there is."""
         running = self._running()
         origin, steps_lost = running.order()
-        for incident in self.ledger.pending:
-            if incident.restored_from == "none":
-                incident.restored_from, incident.steps_lost = origin.kind, steps_lost
+        self.ledger.restored(origin.kind, steps_lost=steps_lost)
         self.protection.ordered(running)
         self.status.set(incarnation=running.number, world_size=running.world_size, step=running.completed)
 
@@ -480,7 +478,7 @@ class Driver:
     def _close(self, state: State) -> None:
         """End everything of this run, then say so in the files."""
         self.status.set(message="ending")
-        self.ledger.close_all(recovered=False)
+        self.ledger.end()
         if self.dashboard is not None:
             self.dashboard.close()
         self.ground.close()

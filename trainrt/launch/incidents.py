@@ -1,7 +1,7 @@
 """Incidents: what went wrong, and what became of it. One fault, one line of incidents.jsonl.
 
-A line is written when its fault is over: with the next step that all ranks completed, or at the end
-of the run. Until then it is open.
+A line is written when its fault is over: with the next step that all ranks completed (a store's loss:
+with the next commit), or at the end of the run. Until then it is open.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from trainrt.run_dir import RunDir, append_line, now
+from trainrt.run_dir import RunDir, append_line, now, read_json, write_json
+
+STORE_LOSS = "store_loss"
 
 
 @dataclass(slots=True)
@@ -37,14 +40,20 @@ class Incident:
 
 
 class Ledger:
-    """The incidents of this run: the open ones here, the closed ones in the file."""
+    """The incidents of this run: closed ones in incidents.jsonl, open ones in `kept`, so that none goes with a driver.
 
-    def __init__(self, run_dir: RunDir, *, tell: Callable[[dict[str, Any]], None]) -> None:
-        self._run_dir, self._tell = run_dir, tell
-        self._open: list[Incident] = []
+    Where a driver was killed, the next one holds what it left open.
+    """
+
+    def __init__(self, run_dir: RunDir, kept: Path, *, tell: Callable[[dict[str, Any]], None]) -> None:
+        self._run_dir, self._kept, self._tell = run_dir, kept, tell
+        age = time.time() - time.monotonic()
+        left = read_json(kept) or {"open": []}
+        self._open = [Incident(**{**entry, "detected_at": entry["detected_at"] - age}) for entry in left["open"]]
 
     def open(self, incident: Incident) -> None:
         self._open.append(incident)
+        self._keep()
 
     def stop(self, incident: Incident) -> None:
         """A fault that ends the run. One that came again, before a step was completed, is the same fault."""
@@ -53,22 +62,53 @@ class Ledger:
             again[-1].action = "stop"
         else:
             incident.action = "stop"
-            self._open.append(incident)
+            self.open(incident)
+
+    def last(self) -> Incident:
+        """The fault that is being dealt with."""
+        return [held for held in self._open if held.kind != STORE_LOSS][-1]
+
+    def restored(self, origin: str, *, steps_lost: int) -> None:
+        """An incarnation was ordered: the first open fault that had none yet bears the steps to redo."""
+        for incident in self._open:
+            if incident.kind != STORE_LOSS and incident.restored_from == "none":
+                incident.restored_from, incident.steps_lost = origin, steps_lost
+                steps_lost = 0
+        self._keep()
+
+    def stepped(self) -> None:
+        """All ranks completed a step: every fault but a store's is over."""
+        self._close([held for held in self._open if held.kind != STORE_LOSS], recovered=True)
+
+    def protected(self) -> None:
+        """A generation was committed in all stores: the loss of one is over."""
+        self._close([held for held in self._open if held.kind == STORE_LOSS], recovered=True)
+
+    def end(self) -> None:
+        """The run is over; what is still open stays as it is."""
+        self._close(list(self._open), recovered=False)
 
     @property
-    def pending(self) -> list[Incident]:
-        return list(self._open)
-
-    def close_all(self, *, recovered: bool) -> None:
-        """Write the open incidents: recovered just now, or never."""
-        at = time.monotonic()
-        for incident in self._open:
-            if recovered:
-                incident.recovered_seconds = at - incident.detected_at
-            self.write(incident.to_json())
-        self._open.clear()
+    def store_lost(self) -> bool:
+        """Whether a store was lost and nothing has been committed since."""
+        return any(held.kind == STORE_LOSS for held in self._open)
 
     def write(self, document: dict[str, Any]) -> None:
         """Write a closed incident (a worker may report one of its own, such as a skipped update)."""
         append_line(self._run_dir.incidents, document)
         self._tell(document)
+
+    def _close(self, incidents: list[Incident], *, recovered: bool) -> None:
+        at = time.monotonic()
+        for incident in incidents:
+            if recovered:
+                incident.recovered_seconds = at - incident.detected_at
+            self._open.remove(incident)
+            self.write(incident.to_json())
+        if incidents:
+            self._keep()
+
+    def _keep(self) -> None:
+        age = time.time() - time.monotonic()
+        entries = [{**asdict(held), "detected_at": held.detected_at + age} for held in self._open]
+        write_json(self._kept, {"open": entries})

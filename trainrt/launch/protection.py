@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from trainrt.config import JobConfig
-from trainrt.launch.incidents import Incident, Ledger
+from trainrt.launch.incidents import STORE_LOSS, Incident, Ledger
 
 if TYPE_CHECKING:
     from trainrt.launch.incarnation import Incarnation
@@ -25,7 +25,6 @@ class Protection:
         self._snapshots = config.snapshot.every != 0
         self._parity_asked = config.snapshot.parity_shards != 0
         self._ledger = ledger
-        self._lost: dict[str, Incident] = {}
         self._committed = False
         self._asked_at = 0.0
 
@@ -34,18 +33,18 @@ class Protection:
         self._committed = running.origin.kind == "memory"
 
     def store_lost(self, node: str, *, at: float, step: int) -> None:
-        incident = Incident("store_loss", f"the store of node {node} died", at, nodes=[node], step=step)
-        self._lost[node] = incident
+        self._ledger.open(Incident(STORE_LOSS, f"the store of node {node} died", at, nodes=[node], step=step))
         self._committed = False
 
     def level(self, running: Incarnation) -> str:
         """Asks the stores now and then while something is open."""
         if not self._snapshots:
             return "none"
-        if (not self._committed or running.stores_retired) and time.monotonic() - self._asked_at > ASK_SECONDS:
+        waiting = not self._committed or running.stores_retired or self._ledger.store_lost
+        if waiting and time.monotonic() - self._asked_at > ASK_SECONDS:
             self._asked_at = time.monotonic()
             self._ask(running)
-        if self._lost:
+        if self._ledger.store_lost:
             return "degraded"
         if not self._committed:
             return "none"
@@ -57,7 +56,4 @@ class Protection:
             return
         self._committed = True
         running.forget_retired()
-        for incident in self._lost.values():
-            incident.recovered_seconds = time.monotonic() - incident.detected_at
-            self._ledger.write(incident.to_json())
-        self._lost.clear()
+        self._ledger.protected()

@@ -62,6 +62,7 @@ class Folder:
         self.proof = self.path / "proof"
         self.lease = self.path / "lease"
         self.orders = self.path / "orders.json"
+        self.open_incidents = self.path / "open_incidents.json"
 
     def create(self) -> None:
         self.path.mkdir(mode=0o700, exist_ok=True)
