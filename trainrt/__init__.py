@@ -14,7 +14,7 @@ _LAZY = {
     "launch": "trainrt.launch",
     "plan": "trainrt.training.planning",
     "Pipeline": "trainrt.training.pipeline",
-    "predict": "trainrt.training.pipeline",
+    "predict": "trainrt.training.predict",
 }
 
 __all__ = ["Pipeline", "launch", "plan", "predict"]

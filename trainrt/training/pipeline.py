@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -71,20 +69,3 @@ def default_predict(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
 def loss_function(config: JobConfig, pipeline: Pipeline) -> LossFunction:
     return pipeline.loss or causal(config)
-
-
-def predict(checkpoint: str | os.PathLike[str], samples: Sequence[Any], pipeline: Pipeline | None = None) -> Any:
-    """Run the pipeline's `predict` on samples with the model of a universal checkpoint, in this process.
-
-    Returns what `predict` returns (for the built-in models: logits, (B, S, V)). Raises CheckpointError.
-    """
-    from trainrt.training.restore import load_model
-
-    model, config = load_model(Path(checkpoint), pipeline)
-    pipeline = pipeline or load_pipeline(config)
-    from trainrt.training.data import collate
-
-    batch = (pipeline.collate or collate)(list(samples))
-    model.eval()
-    with torch.no_grad():
-        return (pipeline.predict or default_predict)(model, batch)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.checkpoint.store.checkpointing import CheckpointWriter, write_own_part
+from trainrt.checkpoint.store.checkpointing import CheckpointWriter, Place, write_own_part
 from trainrt.checkpoint.store.generation import Generation, Generations, Member, State
 from trainrt.checkpoint.store.protocol import Connection, pack, read_request
 from trainrt.checkpoint.store.reading import VerifiedSlot, fragment_of
@@ -79,7 +79,7 @@ class Store:
         self._reported.clear()
         self._given_up.clear()
         self.generations.begin_incarnation(self.incarnation)
-        self._writer = CheckpointWriter(Path(message["checkpoints"]), keep=message["keep"], store=self)
+        self._writer = CheckpointWriter(Path(message["checkpoints"]), keep=message["keep"], place=self._place())
         self._renewed = time.monotonic()
         self._reclaim()
         await self._notify()
@@ -276,7 +276,7 @@ class Store:
 
     async def op_write_part(self, message: dict[str, Any]) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        return {"results": await loop.run_in_executor(self.threads, write_own_part, self, message)}
+        return {"results": await loop.run_in_executor(self.threads, write_own_part, self._place(), message)}
 
     async def op_index(self, message: dict[str, Any]) -> dict[str, Any]:
         """What this store holds of a step: per generation and rank the layout, the slot and its checksums."""
@@ -298,6 +298,10 @@ class Store:
         return self._reading[key].view(fragment_of(message), message["item_bytes"]).tobytes()
 
     # Machinery.
+
+    def _place(self) -> Place:
+        socket = str(self.folder / "store.sock")
+        return Place(self.node, socket, self.stores, self.nodes_of_ranks, self.run_id, self.token)
 
     def _current(self, message: dict[str, Any]) -> None:
         if message["incarnation"] != self.incarnation:

@@ -1,17 +1,22 @@
-"""A model from a checkpoint in this process alone, without mesh, optimizer or launcher."""
+"""A checkpoint's model in this process alone, without mesh, optimizer or launcher: loaded, and run."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trainrt.checkpoint.universal import Universal
 from trainrt.config import JobConfig, MeshSize
 from trainrt.parallel.plan import Plan
+from trainrt.training.data import collate
 from trainrt.training.models.build import whole_model
-from trainrt.training.pipeline import Pipeline, load_pipeline
+from trainrt.training.pipeline import Pipeline, default_predict, load_pipeline
 from trainrt.training.planning import make_plan, meta_model
 from trainrt.training.state import restore
 
@@ -40,3 +45,16 @@ def load_model(path: Path, pipeline: Pipeline | None = None) -> tuple[nn.Module,
     model = whole_model(config, pipeline.model, fresh=False)
     restore(_Whole(model, plan), source)
     return model, config
+
+
+def predict(checkpoint: str | os.PathLike[str], samples: Sequence[Any], pipeline: Pipeline | None = None) -> Any:
+    """Run the pipeline's `predict` on samples with the model of a universal checkpoint, in this process.
+
+    Returns what `predict` returns (for the built-in models: logits, (B, S, V)). Raises CheckpointError.
+    """
+    model, config = load_model(Path(checkpoint), pipeline)
+    pipeline = pipeline or load_pipeline(config)
+    batch = (pipeline.collate or collate)(list(samples))
+    model.eval()
+    with torch.no_grad():
+        return (pipeline.predict or default_predict)(model, batch)
