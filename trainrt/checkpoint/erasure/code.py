@@ -139,7 +139,8 @@ def _checked(outs: Sequence[np.ndarray], shards: Sequence[Shard]) -> tuple[list[
                 f"{given[0].size}"
             )
     for number, array in enumerate(outs):
-        if not array.flags.writeable or any(np.may_share_memory(array, a) for a in given if a is not given[number]):
+        others = [*given[:number], *given[number + 1 :]]
+        if not array.flags.writeable or any(np.may_share_memory(array, other) for other in others):
             raise ValueError("an output is read-only, or overlaps another shard")
     return [a.view(np.uint64) for a in outs], [None if a is None else a.view(np.uint64) for a in shards]
 
