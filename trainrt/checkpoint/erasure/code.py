@@ -99,7 +99,7 @@ class Code:
         inputs = [have.get(i) for i in range(self.k)] + [have.get(self.k + r) for r in range(MOST_PARITY)]
         used = [*range(self.k), *(self.k + r for r in plan.parity)]
         outs, shards = _checked([out[w] for w in wants], [inputs[i] if i in used else None for i in range(len(inputs))])
-        if plan.xor:
+        if plan.closing == 0 and len(outs) == 1:
             _xor(shards, outs[0])
         else:
             _decode(plan, shards[: self.k], shards[self.k :], outs)
@@ -154,7 +154,7 @@ class _Plan:
 
     parity: tuple[int, ...]
     constants: Matrix  # per wanted shard, per row 0..2
-    xor: bool  # one lost data shard is the XOR of all the rest
+    closing: int  # the number of the wanted shard that is row 0 xor the wanted ones before it; -1: none
 
 
 @lru_cache(maxsize=1024)
@@ -175,7 +175,9 @@ def _plan(k: int, names: tuple[int, ...], wants: tuple[int, ...]) -> _Plan:
         if want >= k:
             of_row[want - k] = 1
         constants.append(tuple(of_row))
-    return _Plan(parity, tuple(constants), xor=constants == [(1, 0, 0)])
+    # Where all lost data is wanted, the last costs no multiplication; if it is the only one, this is plain XOR.
+    closes = 0 in parity and wants[: len(lost)] == tuple(lost)
+    return _Plan(parity, tuple(constants), closing=len(lost) - 1 if closes else -1)
 
 
 def _xor(shards: Sequence[Shard], out: np.ndarray) -> None:
@@ -220,6 +222,7 @@ def _decode(plan: _Plan, data: Sequence[Shard], parity: Sequence[Shard], outs: S
         *_addresses(data, multiple=4),
         *_addresses(parity, multiple=1),
         -bits,  # 0 or all ones
+        plan.closing,
         _addresses(outs, multiple=1)[0],
         outs[0].size,
     )

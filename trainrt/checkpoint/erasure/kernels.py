@@ -162,11 +162,23 @@ def _combine_one_more(out, s, sp, s_masks):
         out[i] ^= _x2(w) ^ (u & m[0])
 
 
+@njit(nogil=True)
+def _close(out, p, kept_p, outs, start):
+    """A lost shard as what is left of row 0 when the other lost ones, `outs`, are taken away."""
+    for i in range(out.size):
+        out[i] = p[i] ^ kept_p[i]
+    for other in outs:
+        shard = _words(other, _ONE, start, out.size)
+        for i in range(out.size):
+            out[i] ^= shard[i]
+
+
 @njit(nogil=True, cache=True)
-def decode(rows, shards, strides, parity, parity_strides, masks, outs, words):
+def decode(rows, shards, strides, parity, parity_strides, masks, closing, outs, words):
     """Each of `outs` as the sum over the parity rows of (row of the shards xor its parity shard) times a constant.
 
-    `masks` is uint64 of shape (outs, 3 rows, 8 bits): the constants, bit by bit, each bit as a mask.
+    `masks` is uint64 of shape (outs, 3 rows, 8 bits): the constants, bit by bit, each bit as a mask. Out number
+    `closing`, if there is one, follows from those before it, and its masks are not looked at.
     """
     scratch = np.empty((3, BLOCK), np.uint64)
     for start in range(0, words, BLOCK):
@@ -178,6 +190,9 @@ def decode(rows, shards, strides, parity, parity_strides, masks, outs, words):
         kept_r = _words(parity[2], parity_strides[2], start, count)
         for j in range(outs.size):
             out = _words(outs[j], _ONE, start, count)
+            if j == closing:
+                _close(out, p, kept_p, outs[:j], start)
+                continue
             _combine_two(out, p, q, kept_p, kept_q, masks[j, 0], masks[j, 1])
             if rows == PQR:
                 _combine_one_more(out, r, kept_r, masks[j, 2])
