@@ -44,6 +44,10 @@ class Control:
             spec = self._starts.get()
         return spec
 
+    def busy(self, name: str, *, worth: float = 1.0) -> None:
+        """This rank begins something that is no step: nobody should take it for a hang. `worth`: how many steps' time."""
+        self.send("busy", name=name, worth=worth)
+
     def send(self, op: str, **fields: Any) -> None:
         data = json.dumps({"op": op, **fields}).encode() + b"\n"
         with self._sending:

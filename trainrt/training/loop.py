@@ -54,11 +54,15 @@ def run(job: Job, control: Control) -> dict[str, Any]:
             control.send("phase", name="first_step", seconds=time.perf_counter() - first)
             first = 0.0
         ending = result.stop or step == job.spec.steps
-        validation = evaluate(job) if _evaluates(job, step, ending) else None
+        validation = None
+        if _evaluates(job, step, ending):
+            control.busy("evaluation", worth=steps_worth(job))
+            validation = evaluate(job)
         report(job, control, meter, step, result=result, stall=stall, seconds=seconds, validation=validation)
         if result.stop and step < job.spec.steps:
             outcome = "interrupted"
             break
+    control.busy("checkpoint")
     path = final_checkpoint(job, step)
     job.events.close()
     return {"outcome": outcome, "step": step, "checkpoint": path}
@@ -150,6 +154,13 @@ def _evaluates(job: Job, step: int, ending: bool) -> bool:
         and job.config.evaluation.samples > 0
         and (ending or (every > 0 and step % every == 0))
     )
+
+
+def steps_worth(job: Job) -> float:
+    """An evaluation takes no longer than so many steps: it runs forward passes alone."""
+    data, engine = job.config.data, job.engine
+    groups = math.ceil(job.config.evaluation.samples / data.microbatch)
+    return 1.0 + engine.rounds(groups) / engine.rounds(data.global_batch // data.microbatch)
 
 
 def evaluate(job: Job) -> float:
