@@ -142,10 +142,15 @@ class EvaluationConfig(Section):
 
 
 class DiagnosticsConfig(Section):
+    """`hang_seconds`: ranks that make no progress for so long, or for three slow steps where that is longer, are looked
+    at and ended; 0: never (for a debugger).
+    """
+
     evict: Literal["advise", "automatic"] = "advise"
     dashboard: bool = True
     port: int = Field(8300, ge=0, le=65535)
     tracker: Literal["none", "tensorboard"] = "none"
+    hang_seconds: float = Field(3.0, ge=0)
 
 
 @dataclass(frozen=True, slots=True)

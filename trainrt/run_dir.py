@@ -52,6 +52,14 @@ class RunDir:
     def log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank:05d}.log"
 
+    def stack_dump(self, rank: int) -> Path:
+        """Where a rank writes its stacks when it is sent SIGUSR1."""
+        return self.path / ".cluster" / f"stacks-{rank:05d}"
+
+    def stacks(self, incarnation: int) -> Path:
+        """The stacks of all ranks when one of this incarnation hung."""
+        return self.logs / f"stacks-{incarnation}.txt"
+
     def events_of(self, rank: int) -> Path:
         return self.events / f"rank-{rank:05d}.jsonl"
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from trainrt.errors import StoreError
+from trainrt.launch import stacks
+from trainrt.run_dir import RunDir
 
 DRIVER_SILENCE_SECONDS = 3.0
 POLL_SECONDS = 1.0
@@ -76,6 +78,7 @@ class Agent:
         self._forked: dict[int, Worker] = {}
         self._zygote: ZygoteHandle | None = None
         self._store: Any = None
+        self._stopped: set[int] = set()
         self._last_poll = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending = False
@@ -138,6 +141,21 @@ class Agent:
             worker = self._workers.get(rank)
             if worker is not None:
                 kill(worker.pid)
+
+    async def take_stacks(self, number: int) -> None:
+        """Look at the stacks of this node's workers, from outside; they come as an event with the request's number."""
+        dumps = RunDir(self._run_dir)
+        pids = {rank: worker.pid for rank, worker in self._workers.items() if worker.pid is not None}
+        taken = await asyncio.gather(
+            *(asyncio.to_thread(stacks.take, pid, dumps.stack_dump(rank)) for rank, pid in pids.items())
+        )
+        found = {rank: stack.to_json() for rank, stack in zip(pids, taken, strict=True)}
+        self._tell({"type": "stacks", "number": number, "ranks": found})
+
+    async def kill_store(self) -> None:
+        """SIGKILL the store; another one is started as after any death of it."""
+        if self._store is not None:
+            kill(self._store.pid)
 
     async def end_workers(self, *, at_once: bool) -> None:
         """End all workers, without events: by request, or `at_once` with SIGKILL."""
@@ -294,11 +312,25 @@ class Agent:
 
         loop.add_reader(watch, over)
 
+    def _look_for_stopped(self) -> None:
+        """Tell of processes that the kernel calls stopped, for as long as they are, and once when they go on."""
+        watched: list[tuple[int | None, int | None]] = [(worker.pid, worker.rank) for worker in self._workers.values()]
+        if self._store is not None:
+            watched.append((self._store.pid, None))
+        for pid, rank in watched:
+            if pid is None:
+                continue
+            stopped = stacks.kernel_state(pid) == stacks.STOPPED
+            if stopped or pid in self._stopped:
+                self._tell({"type": "stopped", "rank": rank, "stopped": stopped})
+            (self._stopped.add if stopped else self._stopped.discard)(pid)
+
     async def _watch(self) -> None:
         """The driver's heartbeat: end the workers without one, and everything after the grace time."""
         while not self._ending:
             self._sign_of_life().touch()
             await asyncio.sleep(WATCH_SECONDS)
+            self._look_for_stopped()
             silence = time.monotonic() - self._last_poll
             if silence > DRIVER_SILENCE_SECONDS and self._workers:
                 await self.end_workers(at_once=True)

@@ -7,6 +7,7 @@ sits where, what is completed), `Ledger` (incidents), `Status` and `Processes` (
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import signal
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 from trainrt.errors import ConfigError, PlanError, TrainrtError, UserError
 from trainrt.launch.dashboard import Dashboard
 from trainrt.launch.ground import Code, Ground
+from trainrt.launch.hangs import Ask, Verdict, Watch
 from trainrt.launch.incarnation import Incarnation, Planner
 from trainrt.launch.incidents import Incident, Ledger
 from trainrt.launch.logs import LogMonitor
@@ -44,9 +46,10 @@ from trainrt.launch.publish import Processes, Status, append_metrics
 from trainrt.launch.record import Folder
 from trainrt.launch.recovery import Patience
 from trainrt.launch.request import Previous, Request, look_back, write_config
+from trainrt.launch.stacks import Stack, render
 from trainrt.launch.symptoms import Error, Exit, Fault, Symptoms
 from trainrt.launch.terminal import Terminal, next_command
-from trainrt.run_dir import now, write_json
+from trainrt.run_dir import now, replace, write_json
 
 TICK_SECONDS = 0.1
 RELEASE_SECONDS = 0.15
@@ -99,6 +102,7 @@ class Driver:
         )  # fmt: skip
         self.processes = Processes(self.run_dir)
         self.patience = Patience()
+        self.watch = Watch(least_seconds=self.config.diagnostics.hang_seconds)
         self.stop: StopAsked | None = None
         self.checkpoint: str | None = None
         self.entropy: float | None = None
@@ -124,6 +128,8 @@ class Driver:
                 while not isinstance(state, Final):
                     event = self._next_event()
                     state = self._guarded(lambda event=event, state=state: self._handle(state, event), state)
+                    if isinstance(state, (Starting, Running, Recovering)):
+                        state = self._guarded(lambda state=state: self._look_for_hangs(state), state)
                     if isinstance(state, Diagnosing):
                         state = self._guarded(lambda state=state: self._diagnose(state), state)
             finally:
@@ -278,6 +284,15 @@ class Driver:
             case "zygote_ended":
                 if isinstance(state, Starting) and what["message"].strip():
                     raise TrainrtError(f"node {event.node}: workers cannot be made:\n{what['message'].strip()}")
+            case "stopped" if what["rank"] is not None:
+                self.watch.stopped(what["rank"], what["stopped"])
+            case "stopped":
+                if self.watch.store_stopped(event.node, what["stopped"]):
+                    self.terminal.line(f"the store of node {event.node} is stopped, and is ended")
+                    self.ground.fleet.tell("kill_store", {event.node: ()})
+            case "stacks":
+                taken = {rank: Stack.from_json(stack) for rank, stack in what["ranks"].items()}
+                self.watch.stacks(what["number"], taken)
             case "store_ended":
                 self.ground.store_changed(event.node, None)
                 self.protection.store_lost(event.node, at=event.at, step=self._running().completed)
@@ -291,6 +306,7 @@ class Driver:
 
     def _on_said(self, state: State, event: FromNode, rank: int, message: dict[str, Any]) -> State:
         running = self._running()
+        self.watch.heard(rank, message, time.monotonic())
         match message["op"]:
             case "step":
                 if running.progress.step(rank, message["step"]):
@@ -356,6 +372,31 @@ class Driver:
         return Interrupted(f"{self.stop.reason}: stopped at step {step} with a checkpoint", self.stop.exit_code)
 
     # Faults.
+
+    def _look_for_hangs(self, state: State) -> State:
+        """A rank that is silent for too long: look at all stacks, then end whoever keeps the others waiting."""
+        running = self._running()
+        nodes = set(running.seats.values())
+        at = time.monotonic()
+        found = self.watch.look(at, completed=running.completed, agents_answer=self.ground.fleet.answers(nodes))
+        match found:
+            case Ask():
+                self.ground.fleet.tell("take_stacks", dict.fromkeys(nodes, (found.number,)))
+            case Verdict():
+                return self._hung(found, at)
+        return state
+
+    def _hung(self, found: Verdict, at: float) -> State:
+        """Keep the stacks, and end the culprits: that frees the others."""
+        hang, path = found.hang, self.run_dir.stacks(self._running().number)
+        replace(path, render(f"incarnation {self._running().number}: {hang.message}", found.finding))
+        ranks: dict[str, list[int]] = {}
+        for rank in hang.ranks:
+            ranks.setdefault(self._running().seats[rank], []).append(rank)
+        self.ground.fleet.tell("kill", {node: (those,) for node, those in ranks.items()})
+        symptoms = Symptoms(self._running().seats)
+        symptoms.hang = dataclasses.replace(hang, message=f"{hang.message}; stacks: {path}")
+        return Diagnosing(at, symptoms)
 
     def _symptom(self, state: State, at: float) -> Diagnosing:
         if isinstance(state, Diagnosing):
@@ -424,6 +465,7 @@ class Driver:
         """Order the next incarnation from the newest state there is."""
         running = self._running()
         origin, steps_lost = running.order()
+        self.watch.begin(running.seats, time.monotonic())
         self.ledger.restored(origin.kind, steps_lost=steps_lost)
         self.protection.ordered(running)
         self.status.set(incarnation=running.number, world_size=running.world_size, step=running.completed)

@@ -17,6 +17,8 @@ from trainrt.launch.record import NAMESPACE
 SETUP_SECONDS = 120.0
 CALL_SECONDS = 15.0
 POLL_TIMEOUT_SECONDS = 5.0
+ANSWER_SECONDS = 2.5
+"""An agent answers at least every second; what ranks do cannot be judged while it does not."""
 SILENT_SECONDS = 15.0
 """An agent that does not answer for so long is given up, though Ray may still hold it for alive."""
 
@@ -31,6 +33,7 @@ class Fleet:
         self.sites: dict[str, Site] = {}
         self.hosts: dict[str, str] = {}
         self.processes: dict[str, list[dict[str, Any]]] = {}
+        self._heard: dict[str, float] = {}
         self._over = threading.Event()
 
     @property
@@ -131,6 +134,11 @@ class Fleet:
     def call_all(self, method: str, **options: Any) -> dict[str, Any]:
         return self.call(method, dict.fromkeys(self._actors, ()), **options)
 
+    def answers(self, nodes: Iterable[str]) -> bool:
+        """Whether the agents of these nodes have all answered a moment ago."""
+        at = time.monotonic()
+        return all(at - self._heard.get(node, 0.0) < ANSWER_SECONDS for node in nodes)
+
     def tell(self, method: str, arguments: dict[str, tuple[Any, ...]]) -> None:
         """Call a method on several agents without waiting; what comes of it comes as events."""
         for node, given in arguments.items():
@@ -174,7 +182,7 @@ class Fleet:
                 lost, why = time.monotonic() - heard > SILENT_SECONDS, error
                 time.sleep(0.1)
             else:
-                heard = time.monotonic()
+                self._heard[node] = heard = time.monotonic()
                 self.processes[node] = answer["processes"]
                 for event in answer["events"]:
                     after = event["sequence"]

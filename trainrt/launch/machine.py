@@ -123,11 +123,11 @@ class Transition:
 
 TRANSITIONS = (
     Transition(Starting, Running, "all ranks completed a step"),
-    Transition(Starting, Diagnosing, "a worker ended, lost its peers or reported an error; a node was lost"),
+    Transition(Starting, Diagnosing, "a worker ended, lost its peers, reported an error or hangs; a node was lost"),
     Transition(Starting, Finished, "all ranks finished without a step to do"),
     Transition(Starting, Interrupted, "asked to stop while there was nothing new to save, or asked twice"),
     Transition(Starting, Failed, "the job's input is wrong, or cluster, nodes or stores do not come up"),
-    Transition(Running, Diagnosing, "a worker ended, lost its peers or reported an error; a node was lost"),
+    Transition(Running, Diagnosing, "a worker ended, lost its peers, reported an error or hangs; a node was lost"),
     Transition(Running, Finished, "all ranks finished"),
     Transition(Running, Interrupted, "all ranks finished as asked, with a checkpoint; or asked twice"),
     Transition(Diagnosing, Recovering, "every rank is accounted for, the fault may be survived, ranks have seats"),

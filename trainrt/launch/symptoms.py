@@ -65,6 +65,18 @@ class Fault:
         return self.kind in SURVIVABLE
 
 
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Ranks that are ended because they neither end nor go on. `signature` is None where it came from outside (SIGSTOP);
+    `seconds` since their last sign of life.
+    """
+
+    ranks: tuple[int, ...]
+    message: str
+    seconds: float
+    signature: str | None
+
+
 @dataclass(slots=True)
 class Symptoms:
     """What is known since the first sign of a fault. `seats` are the nodes of the ranks."""
@@ -75,6 +87,7 @@ class Symptoms:
     parked: dict[int, str] = field(default_factory=dict)
     nodes: dict[str, tuple[str, float]] = field(default_factory=dict)
     ended_by_us: set[int] = field(default_factory=set)
+    hang: Hang | None = None
 
     def unaccounted(self) -> list[int]:
         """Ranks that nothing is known of: still at work, or stuck."""
@@ -86,12 +99,16 @@ class Symptoms:
     @property
     def explained(self) -> bool:
         """Whether something is known that can be the cause, not only that peers were lost."""
-        return bool(self.errors or self.nodes or set(self.exits) - self.ended_by_us)
+        return bool(self.hang or self.errors or self.nodes or set(self.exits) - self.ended_by_us)
 
     def fault(self) -> Fault:
         """The cause, from the strongest symptom to the weakest."""
         if self.nodes:
             return self._node_loss()
+        if self.hang is not None:
+            hang = self.hang
+            nodes = self._nodes_of(hang.ranks)
+            return Fault("worker_hang", hang.message, hang.ranks, nodes, hang.signature, hang.seconds)
         if self.errors:
             return self._error()
         exits = {rank: how for rank, how in sorted(self.exits.items()) if rank not in self.ended_by_us}
@@ -132,6 +149,11 @@ class Symptoms:
         return tuple(sorted({self.seats[rank] for rank in ranks}))
 
     def _names(self, ranks: tuple[int, ...]) -> str:
-        shown = ", ".join(f"{rank} ({self.seats[rank]})" for rank in ranks[:4])
-        more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-        return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+        return names(ranks, self.seats)
+
+
+def names(ranks: tuple[int, ...], seats: Mapping[int, str]) -> str:
+    """Ranks with their nodes, for messages."""
+    shown = ", ".join(f"{rank} ({seats[rank]})" for rank in ranks[:4])
+    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"

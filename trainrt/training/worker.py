@@ -6,8 +6,10 @@ imports, and waits for the next incarnation's orders.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import re
+import signal
 import socket
 import sys
 import time
@@ -20,6 +22,7 @@ import torch.distributed as dist
 
 from trainrt.errors import CheckpointError, NonFinite, PeerLost, StoreError, TrainrtError
 from trainrt.parallel.mesh import backend_of
+from trainrt.run_dir import RunDir
 from trainrt.training.control import Control
 from trainrt.training.job import Job, Spec
 from trainrt.training.loop import run
@@ -40,6 +43,7 @@ def serve(connection: socket.socket) -> None:
     control.send("ready")
     while True:
         spec = Spec.from_message(control.next_start())
+        show_stacks_when_asked(spec)
         before = open_connections()
         try:
             _run_incarnation(spec, control)
@@ -72,6 +76,12 @@ def _run_incarnation(spec: Spec, control: Control) -> None:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
         control.send("error", kind="user_error", message=_last_line(error), traceback=text, step=_step_of(error))
+
+
+def show_stacks_when_asked(spec: Spec) -> None:
+    """On SIGUSR1 write the stacks of all threads into a file, whoever holds the GIL: for where py-spy is not permitted."""
+    # faulthandler keeps the file.
+    faulthandler.register(signal.SIGUSR1, file=RunDir(spec.run_dir).stack_dump(spec.rank).open("a"), all_threads=True)
 
 
 def join_group(spec: Spec) -> None:
