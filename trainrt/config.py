@@ -77,7 +77,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(10, ge=0)
     minimum_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
     decay_fraction: float = Field(0.2, ge=0, le=1)
-    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
 
 
 class ParallelConfig(Section):
@@ -143,7 +143,7 @@ class EvaluationConfig(Section):
 
 class DiagnosticsConfig(Section):
     """`hang_seconds`: ranks that make no progress for so long, or for three slow steps where that is longer, are looked
-    at and ended; 0: never (for a debugger).
+    at and ended; 0: never (for a debugger). `corruption_check_every` in steps: replicas over dp are compared; 0: never.
     """
 
     evict: Literal["advise", "automatic"] = "advise"
@@ -151,6 +151,7 @@ class DiagnosticsConfig(Section):
     port: int = Field(8300, ge=0, le=65535)
     tracker: Literal["none", "tensorboard"] = "none"
     hang_seconds: float = Field(3.0, ge=0)
+    corruption_check_every: int = Field(100, ge=0)
 
 
 @dataclass(frozen=True, slots=True)

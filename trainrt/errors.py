@@ -67,6 +67,18 @@ class NonFinite(TrainrtError):
     """The loss or the gradient norm is not a number."""
 
 
+class Anomaly(NonFinite):
+    """A step's numbers are not to be believed, and it is to be done again from the last generation."""
+
+
+class ReplicasDiffer(TrainrtError):
+    """Replicas of a parameter are not equal any more. `ranks` are those to blame, as far as that can be told."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class Interrupted(TrainrtError):
     """Stopped by SIGTERM after a checkpoint; the same command goes on."""
 

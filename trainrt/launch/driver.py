@@ -44,7 +44,7 @@ from trainrt.launch.machine import (
 from trainrt.launch.protection import Protection
 from trainrt.launch.publish import Processes, Status, append_metrics
 from trainrt.launch.record import Folder
-from trainrt.launch.recovery import Patience
+from trainrt.launch.recovery import Patience, last_compared
 from trainrt.launch.request import Previous, Request, look_back, write_config
 from trainrt.launch.stacks import Stack, render
 from trainrt.launch.symptoms import Error, Exit, Fault, Symptoms
@@ -323,7 +323,10 @@ class Driver:
                 return diagnosing
             case "error":
                 diagnosing = self._symptom(state, event.at)
-                diagnosing.symptoms.errors[rank] = Error(message["kind"], message["message"], message["traceback"])
+                diagnosing.symptoms.errors[rank] = Error(
+                    message["kind"], message["message"], message["traceback"],
+                    rollback=message.get("rollback", False), ranks=tuple(message.get("ranks", ())),
+                )  # fmt: skip
                 if self.logs is not None:
                     self.logs.report(message["message"])
                 return diagnosing
@@ -432,8 +435,11 @@ class Driver:
         running, fault = self._running(), state.symptoms.fault()
         incident = Incident(
             fault.kind, fault.message, state.since, ranks=list(fault.ranks), nodes=list(fault.nodes),
-            step=running.completed, detected_seconds=fault.detected_seconds,
+            step=running.completed, detected_seconds=fault.detected_seconds, action=fault.action,
         )  # fmt: skip
+        if fault.kind == "silent_corruption":
+            believed = last_compared(self.config, completed=running.completed)
+            self.ground.stores.distrust(incarnation=self.status.fields["incarnation"], above=believed)
         self.status.set(message=fault.message)
         state.failure = self.patience.fault(fault, completed=running.completed)
         state.resume_at = time.monotonic() + self.patience.delay_seconds

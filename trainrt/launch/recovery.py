@@ -12,6 +12,8 @@ from trainrt.errors import PlanError
 from trainrt.launch.symptoms import Fault
 
 TRIES_WITHOUT_PROGRESS = 6
+ROLLBACKS = 2
+"""How often a step is done again because its numbers, or its replicas, were not to be believed."""
 FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 10.0
 
@@ -42,6 +44,12 @@ def choose_origin(generation: int | None, checkpoint: tuple[int, Path] | None) -
     return Origin("none", 0)
 
 
+def last_compared(config: JobConfig, *, completed: int) -> int:
+    """The newest of the completed steps after which replicas were compared and found equal; 0: none."""
+    every, checkpoints = config.diagnostics.corruption_check_every, config.checkpoint.every
+    return max((completed // n * n for n in (every, checkpoints) if n), default=0)
+
+
 class Patience:
     """How often a job may fail without getting further, and whether an error repeats itself."""
 
@@ -49,6 +57,7 @@ class Patience:
         self._furthest = -1
         self._failures = 0
         self._last: tuple[str, int] | None = None
+        self._rollbacks: tuple[int, int] = (-1, 0)
 
     def fault(self, fault: Fault, *, completed: int) -> str | None:
         """Count a fault after `completed` steps. Returns why the job must stop, or None to try again."""
@@ -57,6 +66,8 @@ class Patience:
         self._last = signature
         if not fault.survivable:
             return fault.message
+        if fault.action == "rollback":
+            return self._rollback(fault, repeated=repeated, completed=completed)
         if repeated:
             return f"{fault.message} (twice at the same step, from the same state)"
         if completed > self._furthest:
@@ -64,6 +75,17 @@ class Patience:
         self._failures += 1
         if self._failures >= TRIES_WITHOUT_PROGRESS:
             return f"{fault.message} ({self._failures} faults in a row without a step between them)"
+        return None
+
+    def _rollback(self, fault: Fault, *, repeated: bool, completed: int) -> str | None:
+        """Bounded: what comes again bit for bit, or a third time at the same step, is no accident."""
+        at, count = self._rollbacks
+        count = count + 1 if at == completed else 1
+        self._rollbacks = (completed, count)
+        if repeated:
+            return f"{fault.message} (the same again, bit for bit, from the same state: it is deterministic)"
+        if count > ROLLBACKS:
+            return f"{fault.message} (again after {ROLLBACKS} rollbacks)"
         return None
 
     @property

@@ -46,6 +46,7 @@ class Stores:
         self._run_dir, self._config, self._secret = run_dir, config, secret
         self._active: dict[str, dict[str, str]] = {}
         self._retired: dict[str, str] = {}
+        self._distrusted = (0, 0)
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stores")
 
     def add(self, node: str, store: dict[str, str]) -> None:
@@ -77,6 +78,16 @@ class Stores:
         """Every store that may hold something, by node."""
         return {**self._retired, **{node: store["address"] for node, store in self._active.items()}}
 
+    def distrust(self, *, incarnation: int, above: int) -> None:
+        """Generations of steps above this one, of this incarnation or an older one, are not restored any more."""
+        self._distrusted = (incarnation, above)
+
+    def _believed(self, status: dict[str, Any]) -> dict[str, Any]:
+        """A store's answer without the generations that are not trusted."""
+        incarnation, above = self._distrusted
+        kept = [held for held in status["generations"] if held["incarnation"] > incarnation or held["step"] <= above]
+        return {**status, "generations": kept}
+
     def newest(self, *, active_only: bool = False) -> int | None:
         """The newest step that all ranks of its world hold in live stores."""
         addresses = self.addresses()
@@ -85,7 +96,7 @@ class Stores:
         answers = self._ask(addresses, lambda admin: admin.status())
         for node in set(self._retired) - set(answers):
             del self._retired[node]
-        return newest_common(list(answers.values()))
+        return newest_common([self._believed(answer) for answer in answers.values()])
 
     def configure(self, *, incarnation: int, nodes_of_ranks: dict[int, str]) -> None:
         """Tell the stores of the nodes with ranks who belongs to this incarnation."""

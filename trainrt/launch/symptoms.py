@@ -18,11 +18,15 @@ ADDRESSES = re.compile(r"0x[0-9a-f]+|:\d{4,5}\b")
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """What a worker reported before it parked."""
+    """What a worker reported before it parked. `rollback`: the step is to be done again from what is believed; `ranks`
+    are to blame, where that is not who reported it.
+    """
 
     kind: str
     message: str
     traceback: str = ""
+    rollback: bool = False
+    ranks: tuple[int, ...] = ()
 
     @property
     def where(self) -> str:
@@ -59,10 +63,11 @@ class Fault:
     nodes: tuple[str, ...]
     signature: str | None
     detected_seconds: float
+    action: str = "restart"
 
     @property
     def survivable(self) -> bool:
-        return self.kind in SURVIVABLE
+        return self.kind in SURVIVABLE or self.action == "rollback"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +139,10 @@ class Symptoms:
         same = tuple(sorted(rank for rank, other in self.errors.items() if other.message == error.message))
         kind = {"runtime": "storage"}.get(error.kind, error.kind)
         signature = ADDRESSES.sub("", f"{kind} {error.message}")
-        message = f"{self._names(same)}: {error.message}{error.where}"
-        return Fault(kind, message, same, self._nodes_of(same), signature, 0.0)
+        ranks = error.ranks or same
+        message = f"{self._names(ranks)}: {error.message}{error.where}"
+        action = "rollback" if error.rollback else "restart"
+        return Fault(kind, message, ranks, self._nodes_of(ranks), signature, 0.0, action)
 
     def _exit(self, exits: dict[int, Exit]) -> Fault:
         ranks = tuple(exits)

@@ -21,6 +21,7 @@ from trainrt.parallel.plan import Plan
 from trainrt.run_dir import RunDir
 from trainrt.training.data import collate, open_corpus
 from trainrt.training.engines.native import NativeEngine
+from trainrt.training.integrity import Integrity
 from trainrt.training.manifest import constant_metadata
 from trainrt.training.models.build import whole_model
 from trainrt.training.pipeline import Pipeline, SampleSource, load_pipeline, loss_function
@@ -71,6 +72,7 @@ class Job:
     events: EventWriter
     done: int
     constants: dict[str, Any]
+    integrity: Integrity
     snapshotted: int | None = None
     writing: list[int] = field(default_factory=list)
 
@@ -102,7 +104,7 @@ class Job:
         return cls(
             spec=spec, constants=constants, config=config, run_dir=run_dir, pipeline=pipeline, plan=plan, engine=engine,
             train=train, validation=validation, corpus_digest=digest, snapshotter=snapshotter, store=store,
-            events=events, done=done,
+            events=events, done=done, integrity=Integrity(config, engine, run_dir, done=done),
         )  # fmt: skip
 
     @property

@@ -11,7 +11,6 @@ import torch
 import xxhash
 
 from trainrt.config import SnapshotConfig
-from trainrt.errors import NonFinite
 from trainrt.events import ring
 from trainrt.parallel.cost import PEAK_FLOPS, flops_per_token
 from trainrt.run_dir import append_line
@@ -37,7 +36,7 @@ class Stall:
 def run(job: Job, control: Control) -> dict[str, Any]:
     """Train from `job.done` to the last step, or until some rank was asked to stop. Returns the outcome.
 
-    Every end leaves a checkpoint of the last step. Raises NonFinite, PeerLost, and what the user's code raises.
+    Every end leaves a checkpoint of the last step. Raises NonFinite, ReplicasDiffer, PeerLost, and what the user's code raises.
     """
     meter = Meter(job)
     first = time.perf_counter()
@@ -76,12 +75,8 @@ def train_step(job: Job, step: int, *, stop: bool) -> tuple[StepResult, Stall, f
             batches = step_batches(job, step)
         leaves = job.config.data.global_batch // job.config.data.microbatch
         result = job.engine.step(step, batches, leaves=leaves, steps=job.spec.steps, stop=stop)
-        if not result.updated and job.config.optimizer.non_finite == "stop":
-            raise NonFinite(
-                f"step {step}: loss = {result.loss}, grad_norm = {result.grad_norm}; the state of step {step - 1} "
-                'is kept (optimizer.non_finite = "skip" leaves such steps out)'
-            )
         ending = result.stop or step == job.spec.steps
+        job.integrity.check(step, result, ending=ending)
         stall = snapshot(job, step, ending=ending)
     return result, stall, time.perf_counter() - start
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainrt.errors import CheckpointError, NonFinite, PeerLost, StoreError, TrainrtError
+from trainrt.errors import Anomaly, CheckpointError, NonFinite, PeerLost, ReplicasDiffer, StoreError, TrainrtError
 from trainrt.parallel.mesh import backend_of
 from trainrt.run_dir import RunDir
 from trainrt.training.control import Control
@@ -63,6 +63,13 @@ def _run_incarnation(spec: Spec, control: Control) -> None:
         control.send("finished", **outcome)
     except PeerLost as error:
         control.send("lost", message=str(error))
+    except Anomaly as error:
+        control.send("error", kind="non_finite", message=str(error), traceback="", step=_step_of(error), rollback=True)
+    except ReplicasDiffer as error:
+        control.send(
+            "error", kind="silent_corruption", message=str(error), traceback="", step=_step_of(error), rollback=True,
+            ranks=error.ranks,
+        )  # fmt: skip
     except NonFinite as error:
         control.send("error", kind="non_finite", message=str(error), traceback="", step=_step_of(error))
     except (CheckpointError, StoreError) as error:
