@@ -10,11 +10,13 @@ from tests.jobs import job
 from trainrt.config import MeshSize
 from trainrt.errors import PlanError
 from trainrt.launch.recovery import (
+    ROLLBACKS,
     TRIES_WITHOUT_PROGRESS,
     Patience,
     Progress,
     choose_origin,
     largest_world,
+    last_compared,
     seat_ranks,
 )
 from trainrt.launch.symptoms import Fault
@@ -65,6 +67,41 @@ def test_progress_makes_patience_new() -> None:
 
 def test_a_loss_that_is_no_number_is_not_tried_again() -> None:
     assert Patience().fault(fault("non_finite"), completed=3) is not None
+
+
+def doubt(value: str) -> Fault:
+    """A step that was not believed."""
+    return Fault("non_finite", f"step 8: loss = {value}", (0,), ("n0",), f"loss = {value}", 0.0, "rollback")
+
+
+def test_a_step_that_is_not_believed_is_done_again_unless_it_comes_out_the_same() -> None:
+    patience = Patience()
+    assert patience.fault(doubt("nan"), completed=7) is None
+    assert "bit for bit" in (patience.fault(doubt("nan"), completed=7) or "")
+    patience = Patience()
+    assert patience.fault(doubt("nan"), completed=7) is None
+    assert patience.fault(doubt("nan"), completed=9) is None, "at another step it is another accident"
+
+
+def test_rollbacks_of_one_step_are_bounded() -> None:
+    patience = Patience()
+    found = [patience.fault(doubt(str(n)), completed=7) for n in range(ROLLBACKS + 1)]
+    assert found[:-1] == [None] * ROLLBACKS and f"after {ROLLBACKS} rollbacks" in (found[-1] or "")
+    assert patience.delay_seconds == 0
+
+
+def test_a_hang_that_comes_again_stops_the_job_and_one_from_outside_does_not() -> None:
+    for signature, stops in (("worker_hang (1,) loss (mine.py:3)", True), (None, False)):
+        patience = Patience()
+        assert patience.fault(fault("worker_hang", signature), completed=7) is None
+        assert (patience.fault(fault("worker_hang", signature), completed=7) is not None) is stops
+
+
+def test_replicas_are_known_to_be_equal_as_of_the_last_comparison() -> None:
+    config = job(diagnostics={"corruption_check_every": 10}, checkpoint={"every": 25})
+    assert [last_compared(config, completed=n) for n in (0, 9, 10, 24, 25, 29, 30)] == [0, 0, 10, 20, 25, 25, 30]
+    every = job(diagnostics={"corruption_check_every": 1}, checkpoint={"every": 0})
+    assert last_compared(every, completed=7) == 7
 
 
 def test_an_explicit_mesh_shrinks_fsdp_then_dp() -> None:

@@ -282,13 +282,18 @@ def test_time_in_which_nothing_was_heard_because_nobody_listened_does_not_count(
 
 def test_a_stopped_process_is_a_hang_in_any_phase() -> None:
     scene = Scene()
-    scene.watch.stopped(1, True)
+    scene.watch.stopped(1, True, scene.now)
     found = scene.hang(3.0, r0=COMPUTE, r1=Stack("T", COMPUTE.frames))
     assert found is not None and found.hang.ranks == (1,) and found.hang.signature is None
     scene = Scene()
-    scene.watch.stopped(1, True)
+    scene.go(100.0)
+    scene.watch.stopped(1, True, scene.now)
+    found = scene.hang(3.0, r0=COMPUTE, r1=Stack("T", COMPUTE.frames))
+    assert found is not None and found.hang.seconds <= 3.0, "it was not stopped before"
+    scene = Scene()
+    scene.watch.stopped(1, True, scene.now)
     assert isinstance(scene.go(2.0), Ask)
-    scene.watch.stopped(1, False)
+    scene.watch.stopped(1, False, scene.now)
     assert scene.go(5.0) is None
 
 
@@ -325,5 +330,5 @@ def test_the_same_hang_has_the_same_signature_and_zero_seconds_turn_the_watch_of
     scene = Scene(least=0.0)
     scene.come_up()
     scene.steps(20, 0.1)
-    scene.watch.stopped(1, True)
+    scene.watch.stopped(1, True, scene.now)
     assert scene.go(1000.0) is None

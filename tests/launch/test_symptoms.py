@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainrt.launch.symptoms import Error, Exit, Symptoms
+from trainrt.launch.symptoms import Error, Exit, Hang, Symptoms
 
 SEATS = {0: "n0", 1: "n0", 2: "n1", 3: "n1"}
 
@@ -58,6 +58,24 @@ def test_a_rank_that_had_to_be_ended_hung_unless_something_else_explains_it() ->
     hung.exits[3] = Exit(-9, 0.0)
     assert hung.explained
     assert (hung.fault().kind, hung.fault().ranks) == ("worker_exit", (3,))
+
+
+def test_a_hang_that_was_seen_is_the_cause_of_all_that_follows() -> None:
+    hang = Hang((2,), "rank 2 (n1) made no progress", 2.8, "worker_hang (2,) loss (mine.py:3)")
+    symptoms = Symptoms(SEATS, exits={2: Exit(-9, 0.0)}, errors={0: Error("storage", "gone")}, hang=hang)
+    assert symptoms.explained
+    fault = symptoms.fault()
+    assert (fault.kind, fault.ranks, fault.nodes, fault.detected_seconds) == ("worker_hang", (2,), ("n1",), 2.8)
+    assert fault.signature == hang.signature and fault.survivable
+    symptoms.nodes["n1"] = ("gone", 1.0)
+    assert symptoms.fault().kind == "node_loss", "its node is gone: that is why"
+
+
+def test_who_is_to_blame_need_not_be_who_says_so() -> None:
+    error = Error("silent_corruption", "step 4: rank 2 differs", rollback=True, ranks=(2,))
+    fault = Symptoms(SEATS, errors=dict.fromkeys(SEATS, error)).fault()
+    assert (fault.ranks, fault.nodes, fault.action, fault.survivable) == ((2,), ("n1",), "rollback", True)
+    assert not Symptoms(SEATS, errors={0: Error("non_finite", "loss = nan")}).fault().survivable
 
 
 def test_when_all_only_lost_each_other_it_was_the_network() -> None:

@@ -169,7 +169,7 @@ def loss(model, batch):
 
 pipeline = Pipeline(loss=loss)
 """
-STEPS = 150
+STEPS = 100
 
 
 class Doubted(Run):
@@ -190,12 +190,17 @@ class Doubted(Run):
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "orders").mkdir()
     (tmp_path / "doubtful.py").write_text(MODULE.format(orders=str(tmp_path / "orders")))
-    write_job(
-        tmp_path / "job.toml", run={"steps": STEPS, "pipeline": "doubtful:pipeline"}, parallel={"mode": "explicit", "dp": 2},
-        cluster={"nodes": 1, "workers_per_node": 2}, optimizer={"non_finite": "rollback", "warmup_steps": 2},
-        diagnostics={"dashboard": False, "corruption_check_every": 1}, checkpoint={"every": 0},
-    )  # fmt: skip
+    write_doubtful(tmp_path, every=1)
     yield tmp_path
+
+
+def write_doubtful(folder: Path, *, every: int) -> None:
+    """A job of two replicas, compared every so many steps."""
+    write_job(
+        folder / "job.toml", run={"steps": STEPS, "pipeline": "doubtful:pipeline"}, parallel={"mode": "explicit", "dp": 2},
+        cluster={"nodes": 1, "workers_per_node": 2}, optimizer={"non_finite": "rollback", "warmup_steps": 2},
+        diagnostics={"dashboard": False, "corruption_check_every": every}, checkpoint={"every": every if every > 1 else 0},
+    )  # fmt: skip
 
 
 def test_anomalies_are_rolled_back_and_the_end_is_the_same_bit_for_bit(folder: Path) -> None:
@@ -223,10 +228,16 @@ def test_anomalies_are_rolled_back_and_the_end_is_the_same_bit_for_bit(folder: P
         plain.end()
 
 
-def test_numbers_that_are_none_again_bit_for_bit_stop_the_job(folder: Path) -> None:
+def test_what_was_kept_since_the_last_comparison_is_not_believed_and_the_same_nan_again_stops(folder: Path) -> None:
+    write_doubtful(folder, every=10)
     run = Doubted(folder / "run", folder / "job.toml").launch()
     try:
-        run.until_step(5)
+        run.until(lambda: (folder / "run" / "checkpoints" / "step-00000010").exists(), "a checkpoint")
+        incident = run.order("flip", 1)
+        assert (incident["kind"], incident["action"]) == ("silent_corruption", "rollback")
+        assert incident["step"] % 10 == 9 and incident["steps_lost"] % 10 == 9
+        run.until_step(incident["step"] + 5)
+        assert len(run.lines("incidents")) == 1, "the replicas are equal again"
         incident = run.order("always_nan", 0)
         assert (incident["kind"], incident["action"]) == ("non_finite", "stop")
         assert run.wait() == 1

@@ -285,7 +285,7 @@ class Driver:
                 if isinstance(state, Starting) and what["message"].strip():
                     raise TrainrtError(f"node {event.node}: workers cannot be made:\n{what['message'].strip()}")
             case "stopped" if what["rank"] is not None:
-                self.watch.stopped(what["rank"], what["stopped"])
+                self.watch.stopped(what["rank"], what["stopped"], event.at)
             case "stopped":
                 if self.watch.store_stopped(event.node, what["stopped"]):
                     self.terminal.line(f"the store of node {event.node} is stopped, and is ended")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ LOOK_SECONDS, JUDGE_SECONDS = 1.2, 0.3
 """So long before the limit the stacks are taken; and, if they are there, the hang is declared."""
 SHORT = 0.4
 """At most this share of a short limit goes by before and after the look."""
+LOOK_EVERY_SECONDS = 0.05
 LONGEST_LOOK_SECONDS = 0.5
 """What counts of the time between two looks: if there was more, it was this process that stood still."""
 
@@ -55,13 +56,20 @@ class Verdict:
 
 @dataclass(slots=True)
 class _Rank:
-    """What is known of a rank. `heard_at`: of the watch's own clock; `heard`: of `time.monotonic()`."""
+    """What is known of a rank. `heard_at` and `stopped_at` are of the watch's own clock, the others of `time.monotonic()`."""
 
     heard_at: float
     heard: float
     phase: str = "starting"
     worth: float = 1.0
     stopped_at: float | None = None
+    stopped: float = 0.0
+
+    @property
+    def alive(self) -> float:
+        """Its last sign of life. In a phase that says nothing for long, that it was not stopped yet was one."""
+        long_silence = self.stopped_at is not None and self.phase != "step"
+        return max(self.heard, self.stopped) if long_silence else self.heard
 
 
 @dataclass(slots=True)
@@ -76,7 +84,7 @@ class Watch:
     def __init__(self, *, least_seconds: float) -> None:
         self._least = least_seconds
         self._steps: deque[float] = deque(maxlen=WINDOW)
-        self._first = 0.0
+        self._slow = self._first = 0.0
         self._ranks: dict[int, _Rank] = {}
         self._stores: dict[str, float] = {}
         self._seats: Mapping[int, str] = {}
@@ -89,7 +97,7 @@ class Watch:
         """An incarnation was ordered. What is known of steps holds for the same number of ranks only."""
         if len(seats) != len(self._seats):
             self._steps.clear()
-            self._first = 0.0
+            self._slow = self._first = 0.0
         self._seats = dict(seats)
         self._looked = now
         self._extra, self._suspicion = 0.0, None
@@ -114,15 +122,16 @@ class Watch:
                 self._extra = 0.0
                 if rank == 0 and held.phase != "first_step":
                     self._steps.append(message["seconds"])
+                    self._slow = slow(self._steps)
                 held.phase, held.worth = "step", 1.0
             case "finished" | "lost" | "error":
                 held.phase = "done"
 
-    def stopped(self, rank: int, stopped: bool) -> None:
+    def stopped(self, rank: int, stopped: bool, now: float) -> None:
         """The kernel says that a rank's process is stopped (SIGSTOP), or goes on."""
         held = self._ranks.get(rank)
         if held is not None and (held.stopped_at is None) is stopped:
-            held.stopped_at = self._clock if stopped else None
+            held.stopped_at, held.stopped = self._clock if stopped else None, now
 
     def store_stopped(self, node: str, stopped: bool) -> bool:
         """The same of a store; whether it has been stopped for so long that it counts as dead."""
@@ -156,15 +165,13 @@ class Watch:
                 return math.inf
             case "done":
                 return 0.0
-        return max(self._least, STEPS * self.slow_step() * held.worth)
-
-    def slow_step(self) -> float:
-        """The 99th percentile of the last steps' seconds."""
-        known = sorted([*self._steps, self._first] if len(self._steps) < FEW else self._steps)
-        return known[math.ceil(0.99 * len(known)) - 1]
+        step = self._slow if len(self._steps) >= FEW else max(self._slow, self._first)
+        return max(self._least, STEPS * step * held.worth)
 
     def look(self, now: float, *, completed: int, agents_answer: bool) -> Ask | Verdict | None:
         """What is to be done now. To be called often; `completed` steps are named in the message."""
+        if now - self._looked < LOOK_EVERY_SECONDS:
+            return None
         if agents_answer:
             self._clock += min(now - self._looked, LONGEST_LOOK_SECONDS)
         self._looked = now
@@ -200,11 +207,16 @@ class Watch:
             self._extra, self._suspicion = STORE_SECONDS, None
             return None
         ranks = found.culprits or tuple(active)
-        seconds = max(now - active[rank].heard for rank in ranks)
+        seconds = max(now - active[rank].alive for rank in ranks)
         message = _message(found, ranks, self._seats, seconds=seconds, completed=completed)
         first = next(one.stack for one in found.groups if one.ranks[0] in ranks)
         signature = None if found.cause == "stopped" else f"worker_hang {ranks} {first.top()}"
         return Verdict(Hang(ranks, message, seconds, signature), found)
+
+
+def slow(steps: Sequence[float]) -> float:
+    """The 99th percentile of steps' seconds."""
+    return sorted(steps)[math.ceil(0.99 * len(steps)) - 1]
 
 
 def _message(
