@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.launch.runs import Run, write_job
+from trainrt.launch.guard import command, descendants
 
 MODULE = """
 import ctypes
@@ -75,6 +76,13 @@ class Hung(Run):
             (self.directory.parent / "orders" / f"{name}-{rank}").touch()
         return self.incident(seen)
 
+    def everything(self) -> set[int]:
+        """The pids of all processes of this run, Ray's too."""
+        words = (self.document("status")["run_id"], str(self.directory))
+        roots = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+                 if pid != os.getpid() and any(word in " ".join(command(pid)) for word in words)]  # fmt: skip
+        return {*roots, *(below for root in roots for below in descendants(root))} - {os.getpid()}
+
     def stacks(self, incident: dict[str, Any]) -> str:
         """The page of stacks that the incident's message names."""
         found = re.search(r"stacks: (\S+)$", incident["message"])
@@ -125,6 +133,18 @@ def test_a_worker_stopped_for_a_moment_is_left_alone(run: Hung) -> None:
     os.kill(before["n0", 1], signal.SIGSTOP)
     time.sleep(1.0)
     os.kill(before["n0", 1], signal.SIGCONT)
+    run.until_step(step + 20)
+    assert len(run.lines("incidents")) == seen and run.pids("worker") == before
+
+
+def test_a_paused_machine_is_no_hang(run: Hung) -> None:
+    seen, before, step = len(run.lines("incidents")), run.pids("worker"), run.step
+    everything = run.everything()
+    assert everything >= {entry["pid"] for entry in run.document("cluster")["processes"]}
+    for number, seconds in ((signal.SIGSTOP, 4.0), (signal.SIGCONT, 0.0)):
+        for pid in everything:
+            os.kill(pid, number)
+        time.sleep(seconds)
     run.until_step(step + 20)
     assert len(run.lines("incidents")) == seen and run.pids("worker") == before
 

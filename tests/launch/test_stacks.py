@@ -169,12 +169,12 @@ class Scene:
         self.say("phase", name="restore", seconds=0.1)
         assert self.go(first) is None
         self.say("phase", name="first_step", seconds=first)
-        self.say("step", seconds=first)
+        self.say("step")
 
     def steps(self, count: int, seconds: float) -> None:
         for _ in range(count):
             assert self.go(seconds) is None
-            self.say("step", seconds=seconds)
+            self.say("step")
 
     def go(self, seconds: float, *, answers: bool = True) -> Ask | Verdict | None:
         """Let time pass until something is found."""
@@ -241,7 +241,7 @@ def test_a_sign_of_life_ends_the_suspicion() -> None:
     scene.come_up()
     scene.steps(20, 0.1)
     assert isinstance(scene.go(2.5), Ask)
-    scene.say("step", seconds=2.0)
+    scene.say("step")
     assert scene.go(1.5) is None
 
 
@@ -276,8 +276,10 @@ def test_time_in_which_nothing_was_heard_because_nobody_listened_does_not_count(
     scene.come_up()
     scene.steps(20, 0.1)
     scene.now += 60.0
-    assert scene.go(1.0) is None, "this process was paused"
+    assert scene.go(0.3) is None, "this process was paused"
     assert scene.go(60.0, answers=False) is None, "an agent did not answer"
+    scene.say("step")
+    assert scene.watch.limit() == 3.0, "nor is it held for a slow step"
 
 
 def test_a_stopped_process_is_a_hang_in_any_phase() -> None:

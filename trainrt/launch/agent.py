@@ -55,7 +55,7 @@ class AgentOrders:
 
 @dataclass(slots=True)
 class Worker:
-    """A forked worker: its rank for life, and the agent's end of its control socket."""
+    """A forked worker: its rank for life, and the agent's end of its control socket. `why`: the agent ended it."""
 
     rank: int
     writer: asyncio.StreamWriter
@@ -63,6 +63,7 @@ class Worker:
     listener: asyncio.Task[None] | None = None
     exit_code: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    why: str | None = None
 
 
 class Agent:
@@ -139,7 +140,9 @@ class Agent:
         """SIGKILL the workers of some ranks; their exits come as events."""
         for rank in ranks:
             worker = self._workers.get(rank)
-            if worker is not None:
+            if worker is None:
+                self._tell({"type": "exited", "rank": rank, "pid": None, "code": None, "why": "was gone already"})
+            else:
                 kill(worker.pid)
 
     async def take_stacks(self, number: int) -> None:
@@ -236,7 +239,7 @@ class Agent:
         worker.writer.close()
         if self._workers.get(worker.rank) is worker:
             del self._workers[worker.rank]
-            self._tell({"type": "exited", "rank": worker.rank, "pid": worker.pid, "code": code})
+            self._tell({"type": "exited", "rank": worker.rank, "pid": worker.pid, "code": code, "why": worker.why})
 
     # The zygote.
 
@@ -312,6 +315,14 @@ class Agent:
 
         loop.add_reader(watch, over)
 
+    def _abandon_workers(self, silence: float) -> None:
+        """SIGKILL the workers; a driver that does come back hears of their ends."""
+        for worker in self._workers.values():
+            worker.why = worker.why or f"was ended: its agent heard nothing of the driver for {silence:.1f} s"
+            if worker.pid is None:
+                worker.writer.close()
+            kill(worker.pid)
+
     def _look_for_stopped(self) -> None:
         """Tell of processes that the kernel calls stopped, for as long as they are, and once when they go on."""
         watched: list[tuple[int | None, int | None]] = [(worker.pid, worker.rank) for worker in self._workers.values()]
@@ -329,11 +340,16 @@ class Agent:
         """The driver's heartbeat: end the workers without one, and everything after the grace time."""
         while not self._ending:
             self._sign_of_life().touch()
+            before = time.monotonic()
             await asyncio.sleep(WATCH_SECONDS)
+            late = time.monotonic() - before - WATCH_SECONDS
+            if late > WATCH_SECONDS:
+                # This process stood still, and could not have heard the driver.
+                self._last_poll = min(self._last_poll + late, time.monotonic())
             self._look_for_stopped()
             silence = time.monotonic() - self._last_poll
-            if silence > DRIVER_SILENCE_SECONDS and self._workers:
-                await self.end_workers(at_once=True)
+            if silence > DRIVER_SILENCE_SECONDS:
+                self._abandon_workers(silence)
             stop_asked = silence > DRIVER_SILENCE_SECONDS and (self._run_dir / "stop").exists()
             if silence > self._orders.grace_seconds or stop_asked:
                 await self.shutdown()

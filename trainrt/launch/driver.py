@@ -277,7 +277,7 @@ class Driver:
             case "exited":
                 diagnosing = self._symptom(state, event.at)
                 age = max(0.0, now() - what["time"])
-                diagnosing.symptoms.exits[what["rank"]] = Exit(what["code"], age)
+                diagnosing.symptoms.exits[what["rank"]] = Exit(what["code"], age, what["why"])
                 return diagnosing
             case "zygote":
                 self.phases["imports"] = max(self.phases.get("imports", 0.0), round(what["seconds"], 3))

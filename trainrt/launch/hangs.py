@@ -88,7 +88,7 @@ class Watch:
         self._ranks: dict[int, _Rank] = {}
         self._stores: dict[str, float] = {}
         self._seats: Mapping[int, str] = {}
-        self._clock = self._looked = 0.0
+        self._clock = self._looked = self._last_step = 0.0
         self._extra = 0.0
         self._numbers = 0
         self._suspicion: _Suspicion | None = None
@@ -120,12 +120,18 @@ class Watch:
                 held.phase, held.worth = message["name"], message["worth"]
             case "step":
                 self._extra = 0.0
-                if rank == 0 and held.phase != "first_step":
-                    self._steps.append(message["seconds"])
-                    self._slow = slow(self._steps)
+                if rank == 0:
+                    self._stepped(usual=held.phase == "step")
                 held.phase, held.worth = "step", 1.0
             case "finished" | "lost" | "error":
                 held.phase = "done"
+
+    def _stepped(self, *, usual: bool) -> None:
+        """By the watch's own clock: a step is not slow because the machine was paused in it."""
+        if usual:
+            self._steps.append(self._clock - self._last_step)
+            self._slow = slow(self._steps)
+        self._last_step = self._clock
 
     def stopped(self, rank: int, stopped: bool, now: float) -> None:
         """The kernel says that a rank's process is stopped (SIGSTOP), or goes on."""

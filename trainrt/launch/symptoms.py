@@ -40,16 +40,19 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a worker's process ended. `code` is negative for a signal, None where nobody saw it."""
+    """How a worker's process ended. `code` is negative for a signal, None where nobody saw it; `why`: if it is known."""
 
     code: int | None
     age_seconds: float
+    why: str | None = None
 
     def __str__(self) -> str:
+        if self.why is not None:
+            return self.why
         if self.code is None:
             return "ended"
         if self.code < 0:
-            return f"killed by {signal.Signals(-self.code).name}"
+            return f"was killed by {signal.Signals(-self.code).name}"
         return f"exited with code {self.code}"
 
 
@@ -150,7 +153,7 @@ class Symptoms:
         # SIGKILL comes from outside; whatever else ends a process may well come from what it computes.
         signature = None if how.code in (None, -signal.SIGKILL) else f"worker_exit {ranks[0]} {how.code}"
         age = max(exit.age_seconds for exit in exits.values())
-        return Fault("worker_exit", f"{self._names(ranks)} was {how}", ranks, self._nodes_of(ranks), signature, age)
+        return Fault("worker_exit", f"{self._names(ranks)} {how}", ranks, self._nodes_of(ranks), signature, age)
 
     def _nodes_of(self, ranks: Mapping[int, str] | tuple[int, ...]) -> tuple[str, ...]:
         return tuple(sorted({self.seats[rank] for rank in ranks}))
