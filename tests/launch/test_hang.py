@@ -52,6 +52,12 @@ def obey():
             order()
     if (ORDERS / f"always-{{dist.get_rank()}}").exists():
         stay_away()
+    # All ranks see the order in the same step, or none does.
+    together = torch.tensor(int((ORDERS / "together").exists()))
+    dist.all_reduce(together, op=dist.ReduceOp.MIN)
+    if together:
+        (ORDERS / "together").unlink(missing_ok=True)
+        wait_for_nothing()
 
 
 def loss(model, batch):
@@ -68,12 +74,11 @@ SLOW_MACHINE_SECONDS = 2.0
 class Hung(Run):
     """A run that takes orders."""
 
-    def order(self, name: str, *ranks: int) -> dict[str, Any]:
-        """Hang some ranks; the incident that follows."""
+    def order(self, name: str) -> dict[str, Any]:
+        """Have some rank hang; the incident that follows."""
         seen = len(self.lines("incidents"))
         self.until_step(self.step + 12)
-        for rank in ranks:
-            (self.directory.parent / "orders" / f"{name}-{rank}").touch()
+        (self.directory.parent / "orders" / name).touch()
         return self.incident(seen)
 
     def everything(self) -> set[int]:
@@ -150,7 +155,7 @@ def test_a_paused_machine_is_no_hang(run: Hung) -> None:
 
 
 def test_a_held_gil_does_not_blind_anybody(run: Hung) -> None:
-    incident = run.order("hold_the_gil", 2)
+    incident = run.order("hold_the_gil-2")
     check(incident, 2)
     assert "hold_the_gil (hanging.py:" in incident["message"] and "2 ranks wait in" in incident["message"]
     text = run.stacks(incident)
@@ -158,20 +163,20 @@ def test_a_held_gil_does_not_blind_anybody(run: Hung) -> None:
 
 
 def test_a_rank_that_never_enters_a_collective_is_named(run: Hung) -> None:
-    incident = run.order("stay_away", 0)
+    incident = run.order("stay_away-0")
     check(incident, 0)
     assert "stay_away (hanging.py:" in incident["message"]
 
 
 def test_a_rank_alone_in_another_collective_is_the_minority(run: Hung) -> None:
-    incident = run.order("wait_for_nothing", 1)
+    incident = run.order("wait_for_nothing-1")
     check(incident, 1)
     assert "alone in" in incident["message"] and "recv" in incident["message"]
 
 
 def test_where_all_wait_in_the_same_collective_all_are_restarted(run: Hung) -> None:
     before = run.pids("worker")
-    incident = run.order("wait_for_nothing", 0, 1, 2)
+    incident = run.order("together")
     check(incident, 0, 1, 2)
     assert "deadlocked" in incident["message"]
     run.until(lambda: len(run.pids("worker")) == 3, "three workers")
@@ -188,7 +193,7 @@ def test_a_stopped_store_is_no_hang_of_the_workers(run: Hung) -> None:
 
 
 def test_the_same_hang_at_the_same_step_stops_the_job(run: Hung) -> None:
-    incident = run.order("always", 1)
+    incident = run.order("always-1")
     assert (incident["kind"], incident["ranks"], incident["action"]) == ("worker_hang", [1], "stop")
     assert run.wait() == 1
     status = run.document("status")
