@@ -36,20 +36,23 @@ def spawn(run_id: str, node: str, *, grace_seconds: float, token: str, host: str
     """Start this node's store of a run, or adopt the one that lives. Raises StoreError if none comes up."""
     folder = shared_folder(run_id, node)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder.parent / f".{node}.lock").open("w") as lock:
+    path = folder.parent / f".{node}.lock"
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        living = _living(folder, node, token)
-        if living is not None:
-            return living
-        (folder / "store.json").unlink(missing_ok=True)
-        _start(run_id, node, token, folder=folder, grace_seconds=grace_seconds, host=host)
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
+        try:
             living = _living(folder, node, token)
             if living is not None:
-                (folder.parent / f".{node}.lock").unlink(missing_ok=True)
                 return living
-            time.sleep(0.01)
+            (folder / "store.json").unlink(missing_ok=True)
+            _start(run_id, node, token, folder=folder, grace_seconds=grace_seconds, host=host)
+            deadline = time.monotonic() + START_SECONDS
+            while time.monotonic() < deadline:
+                living = _living(folder, node, token)
+                if living is not None:
+                    return living
+                time.sleep(0.01)
+        finally:
+            path.unlink(missing_ok=True)
     log = folder / "store.log"
     raise StoreError(f"the store of {node} did not start: {log.read_text()[-500:] if log.exists() else 'no log'}")
 
