@@ -17,9 +17,11 @@ import pytest
 
 from trainrt.checkpoint.inspect import verify
 from trainrt.checkpoint.source import MemorySource, digest
-from trainrt.checkpoint.store.admin import StoreAddress, StoreAdmin, newest_common, spawn
+from trainrt.checkpoint.store.admin import StoreAddress, StoreAdmin, spawn
 from trainrt.checkpoint.store.client import SnapshotClient, open_generation
 from trainrt.checkpoint.store.generation import TRANSITIONS, Generation, State
+from trainrt.checkpoint.store.group import choose_groups
+from trainrt.checkpoint.store.inventory import take_inventory
 from trainrt.checkpoint.store.slots import shared_folder
 from trainrt.checkpoint.universal import Universal
 from trainrt.errors import StoreError
@@ -50,9 +52,10 @@ class Stores:
         return {node: store.address for node, store in self.at.items()}
 
     def configure(self, incarnation: int, ranks: dict[int, str] = RANKS) -> None:
+        groups = choose_groups(dict.fromkeys(set(ranks.values()), "host"), data_shards=None, parity_shards=1)
         for store in self.at.values():
             StoreAdmin(store.address, TOKEN).configure(
-                incarnation=incarnation, stores=self.addresses, nodes_of_ranks=ranks, leader="a",
+                incarnation=incarnation, stores=self.addresses, nodes_of_ranks=ranks, leader="a", groups=groups,
                 checkpoints=str(self.folder / "checkpoints"), keep=2, spill=str(self.folder / "spill"),
             )  # fmt: skip
 
@@ -64,6 +67,10 @@ class Stores:
 
     def statuses(self) -> list[dict[str, Any]]:
         return [StoreAdmin(store.address, TOKEN).status() for store in self.at.values()]
+
+    def newest(self) -> int | None:
+        """The newest step that is whole without decoding."""
+        return next((held.step for held in take_inventory(self.statuses()) if not held.lost), None)
 
     def open(self, step: int, node: str = "a") -> Any:
         return open_generation(step, self.addresses, node=node, socket=self.at[node].socket, token=TOKEN)
@@ -142,9 +149,9 @@ def test_without_the_last_rank_nothing_is_committed_and_the_older_one_stays(stor
         if step == 1:
             assert all(clients[rank].wait_committed(20) for rank in ranks)
     assert not clients[0].wait_committed(0.5)
-    assert newest_common(stores.statuses()) == 1
+    assert stores.newest() == 1
     stores.configure(2)
-    assert newest_common(stores.statuses()) == 1
+    assert stores.newest() == 1
     assert digest(stores.open(1)) == expected(1)
 
 
@@ -167,15 +174,25 @@ def test_a_new_incarnation_keeps_what_it_restores_until_it_commits_its_own(store
     assert digest(stores.open(2)) == expected(2), "half-written slots touch nothing that is sealed"
 
 
-def test_newest_common_mixes_neither_incarnations_nor_worlds() -> None:
+def test_an_inventory_mixes_neither_incarnations_nor_worlds() -> None:
     def held(step: int, incarnation: int, world_size: int, ranks: list[int]) -> dict[str, Any]:
-        return {"step": step, "incarnation": incarnation, "world_size": world_size, "ranks": ranks, "committed": False}
+        seating = {str(rank): "ab"[rank // 2] for rank in range(world_size)}
+        return {
+            "step": step,
+            "incarnation": incarnation,
+            "seating": seating,
+            "groups": [],
+            "ranks": ranks,
+            "parity": False,
+        }
 
-    one = {"generations": [held(5, 1, 4, [0, 1]), held(4, 1, 4, [0, 1]), held(6, 2, 2, [0])]}
-    two = {"generations": [held(5, 2, 4, [2, 3]), held(4, 1, 4, [2, 3]), held(6, 2, 4, [1])]}
-    assert newest_common([one, two]) == 4
-    assert newest_common([one]) is None
-    assert newest_common([]) is None
+    def whole(*statuses: dict[str, Any]) -> list[int]:
+        return [found.step for found in take_inventory(statuses) if not found.lost]
+
+    one = {"node": "a", "generations": [held(5, 1, 4, [0, 1]), held(4, 1, 4, [0, 1]), held(6, 2, 2, [0])]}
+    two = {"node": "b", "generations": [held(5, 2, 4, [2, 3]), held(4, 1, 4, [2, 3]), held(6, 3, 4, [1])]}
+    assert whole(one, two) == [4]
+    assert whole(one) == [] and whole() == []
 
 
 def _trainer(stores: dict[str, Any], ready: Any) -> None:
@@ -204,7 +221,7 @@ def test_a_trainer_killed_while_it_copies_costs_only_that_generation(stores: Sto
     for rank in (0, 2, 3):
         put(clients[rank], rank, 2)
     assert not clients[0].wait_committed(0.5)
-    assert newest_common(stores.statuses()) == 1
+    assert stores.newest() == 1
     stores.configure(2)
     assert digest(stores.open(1)) == expected(1)
 
@@ -300,7 +317,7 @@ def test_the_document_shows_the_states_and_transitions_of_the_code() -> None:
 
 
 def test_a_transition_that_is_not_in_the_table_is_refused() -> None:
-    generation = Generation(1, 1, 1, frozenset({0}))
+    generation = Generation(1, 1, "a", {0: "a"})
     with pytest.raises(StoreError, match="no commit in state copying"):
         generation.advance("commit")
     assert json.dumps(generation.summary())

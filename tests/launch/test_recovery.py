@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import job
+from trainrt.checkpoint.store.group import Group
+from trainrt.checkpoint.store.inventory import Holding
 from trainrt.config import MeshSize
 from trainrt.errors import PlanError
 from trainrt.launch.recovery import (
     ROLLBACKS,
     TRIES_WITHOUT_PROGRESS,
+    Origin,
     Patience,
     Progress,
     choose_origin,
@@ -26,13 +29,36 @@ def fault(kind: str = "user_error", signature: str | None = "ValueError: no") ->
     return Fault(kind, "rank 0 (n0): ValueError: no", (0,), ("n0",), signature, 0.0)
 
 
+def held(step: int, *there: str, parity: tuple[str, ...] = ()) -> Holding:
+    """A generation of two nodes with one rank each, of which some are there."""
+    seating = {0: "a", 1: "b"}
+    holding = Holding(step, 1, seating, (Group(("a", "b"), 1),), parity=set(parity))
+    for rank, node in seating.items():
+        if node in there:
+            holding.data[rank].add(node)
+    return holding
+
+
+def choose(*holdings: Holding, disk: tuple[int, Path] | None = None, can_rebuild: bool = True) -> Origin:
+    return choose_origin(holdings, disk, rebuild=lambda _: can_rebuild)[0]
+
+
 def test_the_newest_state_is_taken_and_memory_before_disk() -> None:
     disk = (10, Path("step-00000010"))
-    assert choose_origin(12, disk).to_json() == {"from": "memory", "step": 12}
-    assert choose_origin(10, disk).kind == "memory"
-    assert choose_origin(9, disk).to_json() == {"from": "disk", "path": "step-00000010"}
-    assert choose_origin(None, disk).kind == "disk"
-    assert choose_origin(None, None).to_json() == {"from": "none"}
+    assert choose(held(12, "a", "b"), disk=disk).to_json() == {"from": "memory", "step": 12}
+    assert choose(held(10, "a", "b"), disk=disk).kind == "memory"
+    assert choose(held(9, "a", "b"), disk=disk).to_json() == {"from": "disk", "path": "step-00000010"}
+    assert choose(disk=disk).kind == "disk"
+    assert choose().to_json() == {"from": "none"}
+
+
+def test_what_was_lost_is_decoded_where_enough_parity_is_left() -> None:
+    decoded = choose(held(12, "a", parity=("a",)), held(11, "a", "b"))
+    assert (decoded.kind, decoded.step, decoded.to_json()["from"]) == ("parity", 12, "memory")
+    assert choose(held(12, "a"), held(11, "a", "b")) == Origin("memory", 11), "no parity was complete: the one before"
+    assert choose(held(12, "a", parity=("a",)), held(11, "a", "b"), can_rebuild=False) == Origin("memory", 11)
+    origin, missing = choose_origin([held(12, "b", parity=("a",))], None, rebuild=lambda _: True)
+    assert origin.kind == "none" and "lost a of a group of 1 + 1" in missing
 
 
 def test_the_same_error_at_the_same_step_stops_the_job() -> None:

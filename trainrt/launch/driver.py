@@ -250,7 +250,7 @@ class Driver:
         running = self._running()
         self.terminal.line(f"{event.reason}: a checkpoint, then the end (again: at once)")
         self.status.set(message=f"{event.reason}: stopping with a checkpoint")
-        if isinstance(state, Starting) and running.origin.kind != "memory":
+        if isinstance(state, Starting) and running.origin.kind not in ("memory", "parity"):
             return Interrupted(f"{event.reason}: stopped before the first step", event.exit_code)
         if isinstance(state, Running):
             self.ground.fleet.call_all("stop")

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from trainrt.checkpoint.store.inventory import Holding
 from trainrt.config import JobConfig, MeshSize
-from trainrt.errors import PlanError
+from trainrt.errors import PlanError, TrainrtError
 from trainrt.launch.ground import Ground, newest_checkpoint
 from trainrt.launch.recovery import Origin, Progress, choose_origin, largest_world, seat_ranks
 
@@ -73,6 +74,7 @@ class Incarnation:
         self.origin = Origin("none", 0)
         self._rendezvous: Any = None
         self._abandoned = False
+        self.committed_once = False
         self.plan = planner.result(check=lambda: None).plan
         if len(self._nodes) < config.cluster.nodes:
             self._fit()
@@ -153,8 +155,7 @@ class Incarnation:
         self._abandoned = False
         # From here on the stores commit nothing of the last incarnation, so what they answer stays true.
         self.configure_stores()
-        generation = self._ground.stores.newest()
-        self.origin = choose_origin(generation, newest_checkpoint(self._ground.run_dir))
+        self.origin = self._find_origin()
         self.progress = Progress(self.world_size, done=self.origin.step)
         self.finished.clear()
         specs: dict[str, list[dict[str, Any]]] = {}
@@ -165,6 +166,18 @@ class Incarnation:
         self._ground.fleet.call("start", {**arguments, **{node: ([],) for node in idle}})
         return self.origin, max(0, before - self.origin.step)
 
+    def _find_origin(self) -> Origin:
+        """Raises TrainrtError where a generation was committed once, and nothing can be restored any more."""
+        stores = self._ground.stores
+        origin, missing = choose_origin(
+            stores.holdings(),
+            newest_checkpoint(self._ground.run_dir),
+            rebuild=lambda holding: stores.rebuild(holding, seats=self.seats),
+        )
+        if origin.kind == "none" and self.committed_once:
+            raise TrainrtError(f"nothing is left to restore from: {missing}; there is no checkpoint")
+        return origin
+
     def abandon(self) -> None:
         """This incarnation is over: its number is used up, and the stores let go who waits for it."""
         if not self._abandoned:
@@ -173,16 +186,21 @@ class Incarnation:
             self.configure_stores()
 
     def configure_stores(self) -> None:
-        self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats)
+        hosts = {node: site.host for node, site in self._ground.fleet.sites.items()}
+        self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats, hosts=hosts)
 
     @property
     def stores_retired(self) -> bool:
         return self._ground.stores.retired
 
-    def committed(self) -> bool:
-        """Whether the stores that serve ranks now hold a generation newer than what was restored."""
-        newest = self._ground.stores.newest(active_only=True)
-        return newest is not None and newest > self.origin.step
+    def committed(self) -> Holding | None:
+        """The newest whole generation, newer than what was restored, that the stores serving ranks now hold."""
+        holdings = self._ground.stores.holdings(active_only=True)
+        whole = [held for held in holdings if not held.lost and held.step > self.origin.step]
+        if whole:
+            self.committed_once = True
+        # The newest of all may be between its last copy and its commit.
+        return next((held for held in whole if held.protected), whole[0] if whole else None)
 
     def forget_retired(self) -> None:
         self._ground.stores.forget_retired()

@@ -15,32 +15,34 @@ ASK_SECONDS = 0.5
 
 
 class Protection:
-    """full: what was asked for is in force. degraded: less than that. none: nothing is in memory.
+    """full: the parity that was asked for is in force. degraded: less than that. none: nothing is in memory.
 
-    Parity over nodes is not built yet, so a job that asks for it is protected against the loss of
-    workers only: degraded.
+    Too few nodes for the parity asked for is degraded too, all along: the message of it is the loss that it means.
     """
 
     def __init__(self, config: JobConfig, ledger: Ledger) -> None:
         self._snapshots = config.snapshot.every != 0
-        self._parity_asked = config.snapshot.parity_shards != 0
+        asked = config.snapshot.parity_shards
+        self._asked = 1 if asked == "auto" else asked
         self._ledger = ledger
         self._committed = False
+        self._protected = False
         self._asked_at = 0.0
 
     def ordered(self, running: Incarnation) -> None:
-        """A new incarnation: what it was restored from in memory still protects it."""
-        self._committed = running.origin.kind == "memory"
+        """A new incarnation: what it was restored from in memory still protects it, against the loss of workers."""
+        self._committed = running.origin.kind in ("memory", "parity")
+        self._protected = False
 
     def store_lost(self, node: str, *, at: float, step: int) -> None:
         self._ledger.open(Incident(STORE_LOSS, f"the store of node {node} died", at, nodes=[node], step=step))
-        self._committed = False
+        self._committed = self._protected = False
 
     def level(self, running: Incarnation) -> str:
         """Asks the stores now and then while something is open."""
         if not self._snapshots:
             return "none"
-        waiting = not self._committed or running.stores_retired or self._ledger.store_lost
+        waiting = not self._protected or running.stores_retired or self._ledger.store_lost
         if waiting and time.monotonic() - self._asked_at > ASK_SECONDS:
             self._asked_at = time.monotonic()
             self._ask(running)
@@ -48,12 +50,14 @@ class Protection:
             return "degraded"
         if not self._committed:
             return "none"
-        return "degraded" if self._parity_asked else "full"
+        return "full" if self._protected else "degraded"
 
     def _ask(self, running: Incarnation) -> None:
-        """Is there a generation of this incarnation's ranks in the stores that serve them?"""
-        if not running.committed():
+        """Is there a generation of this incarnation's ranks in the stores that serve them, with all its parity?"""
+        found = running.committed()
+        if found is None:
             return
         self._committed = True
+        self._protected = found.protected and all(group.m >= self._asked for group in found.groups)
         running.forget_retired()
         self._ledger.protected()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainrt.checkpoint.store.inventory import Holding
 from trainrt.config import JobConfig, MeshSize
 from trainrt.errors import PlanError
 from trainrt.launch.symptoms import Fault
@@ -20,7 +21,9 @@ LONGEST_DELAY_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an incarnation's state comes from: `memory` (a generation), `disk` (a checkpoint) or `none`."""
+    """Where an incarnation's state comes from: `memory` (a generation), `parity` (one that had to be decoded first),
+    `disk` (a checkpoint) or `none`.
+    """
 
     kind: str
     step: int
@@ -28,20 +31,32 @@ class Origin:
 
     def to_json(self) -> dict[str, Any]:
         """The `restore` of a worker's spec."""
-        if self.kind == "memory":
+        if self.kind in ("memory", "parity"):
             return {"from": "memory", "step": self.step}
         if self.kind == "disk":
             return {"from": "disk", "path": str(self.path)}
         return {"from": "none"}
 
 
-def choose_origin(generation: int | None, checkpoint: tuple[int, Path] | None) -> Origin:
-    """The newest state there is; memory before disk where both hold it."""
-    if generation is not None and (checkpoint is None or generation >= checkpoint[0]):
-        return Origin("memory", generation)
+def choose_origin(
+    holdings: Sequence[Holding], checkpoint: tuple[int, Path] | None, *, rebuild: Callable[[Holding], bool]
+) -> tuple[Origin, str]:
+    """The newest state there is: in memory as it stands, in memory once `rebuild` has decoded what was lost, on disk.
+
+    Memory comes before disk where both hold a step. `holdings` are the newest first. The text says what was in the way.
+    """
+    missing = "no store holds a generation"
+    for number, holding in enumerate(holdings):
+        if checkpoint is not None and holding.step < checkpoint[0]:
+            break
+        if not holding.lost:
+            return Origin("memory", holding.step), ""
+        if holding.recoverable and rebuild(holding):
+            return Origin("parity", holding.step), ""
+        missing = holding.missing() if number == 0 else missing
     if checkpoint is not None:
-        return Origin("disk", *checkpoint)
-    return Origin("none", 0)
+        return Origin("disk", *checkpoint), ""
+    return Origin("none", 0), missing
 
 
 def last_compared(config: JobConfig, *, completed: int) -> int:

@@ -13,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from trainrt.checkpoint.store.admin import StoreAdmin, newest_common
+from trainrt.checkpoint.store.admin import StoreAdmin
+from trainrt.checkpoint.store.group import Group, choose_groups
+from trainrt.checkpoint.store.inventory import Holding, take_inventory
 from trainrt.checkpoint.store.slots import shared_folder
 from trainrt.config import JobConfig
 from trainrt.errors import StoreError
@@ -88,30 +90,62 @@ class Stores:
         kept = [held for held in status["generations"] if held["incarnation"] > incarnation or held["step"] <= above]
         return {**status, "generations": kept}
 
-    def newest(self, *, active_only: bool = False) -> int | None:
-        """The newest step that all ranks of its world hold in live stores."""
+    def holdings(self, *, active_only: bool = False) -> list[Holding]:
+        """What live stores hold together, the newest first."""
         addresses = self.addresses()
         if active_only:
             addresses = {node: store["address"] for node, store in self._active.items()}
         answers = self._ask(addresses, lambda admin: admin.status())
         for node in set(self._retired) - set(answers):
             del self._retired[node]
-        return newest_common([self._believed(answer) for answer in answers.values()])
+        return take_inventory(self._believed(answer) for answer in answers.values())
 
-    def configure(self, *, incarnation: int, nodes_of_ranks: dict[int, str]) -> None:
-        """Tell the stores of the nodes with ranks who belongs to this incarnation."""
+    def rebuild(self, holding: Holding, *, seats: dict[int, str]) -> bool:
+        """Decode what a generation lost, into stores of nodes with ranks. False where too little of it is left."""
+        targets = sorted(set(seats.values()) & set(self._active))
+        if not targets:
+            return False
+        work = {}
+        for number, node in enumerate(holding.lost):
+            # Where its ranks sit now, which is its successor's node if there is one; else dealt out.
+            seat = next((seats[rank] for rank in holding.ranks_of(node) if rank in seats), "")
+            work[node] = seat if seat in targets else targets[number % len(targets)]
+        futures = [
+            self._pool.submit(self._admin(target).rebuild, holding, node, stores=self.addresses())
+            for node, target in work.items()
+        ]
+        try:
+            return all(future.result() for future in futures)
+        except (StoreError, OSError):
+            return False
+
+    def _admin(self, node: str) -> StoreAdmin:
+        return StoreAdmin(self._active[node]["address"], self._secret)
+
+    def configure(self, *, incarnation: int, nodes_of_ranks: dict[int, str], hosts: Mapping[str, str]) -> None:
+        """Tell the stores of the nodes with ranks who belongs to this incarnation, and who protects whom."""
         nodes = set(nodes_of_ranks.values()) & set(self._active)
         addresses = {node: self._active[node]["address"] for node in sorted(nodes)}
         if not addresses:
             return
+        groups = self.groups({node: hosts.get(node, node) for node in set(nodes_of_ranks.values())})
         self._ask(
             addresses,
             lambda admin: admin.configure(
                 incarnation=incarnation, stores=addresses, nodes_of_ranks=nodes_of_ranks,
-                leader=min(addresses), checkpoints=str(self._run_dir.checkpoints),
+                leader=min(addresses), groups=groups, checkpoints=str(self._run_dir.checkpoints),
                 keep=self._config.checkpoint.keep, spill=str(self._run_dir.path / ".spill"),
             ),
         )  # fmt: skip
+
+    def groups(self, hosts: Mapping[str, str]) -> list[Group]:
+        """The groups of these nodes (name to host), as the job asks for them."""
+        asked = self._config.snapshot
+        return choose_groups(
+            hosts,
+            data_shards=None if asked.data_shards == "auto" else asked.data_shards,
+            parity_shards=1 if asked.parity_shards == "auto" else asked.parity_shards,
+        )
 
     def forget_retired(self) -> None:
         """Something newer is committed: end the retired stores."""

@@ -8,18 +8,20 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import trainrt
+from trainrt.checkpoint.store.group import Group
+from trainrt.checkpoint.store.inventory import Holding
 from trainrt.checkpoint.store.protocol import Connection
 from trainrt.checkpoint.store.slots import shared_folder
 from trainrt.errors import StoreError
 
 START_SECONDS = 20.0
+REBUILD_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +93,37 @@ class StoreAdmin:
     def __init__(self, address: str, token: str) -> None:
         self._address, self._token = address, token
 
-    def _request(self, op: str, **fields: Any) -> dict[str, Any]:
+    def _request(self, op: str, *, seconds: float = 5.0, **fields: Any) -> dict[str, Any]:
         connection = Connection(self._address, token=self._token, timeout_seconds=5)
         try:
-            return connection.request(op, **fields)[0]
+            return connection.request(op, wait_seconds=seconds - 5, **fields)[0]
         finally:
             connection.close()
 
     def configure(
         self, *, incarnation: int, stores: Mapping[str, str], nodes_of_ranks: Mapping[int, str], leader: str,
-        checkpoints: str, keep: int, spill: str,
+        groups: Sequence[Group], checkpoints: str, keep: int, spill: str,
     ) -> None:  # fmt: skip
         """Who belongs to an incarnation; older ones are refused from now on, unsealed generations dropped."""
         self._request(
             "configure", incarnation=incarnation, stores=dict(stores), nodes_of_ranks=dict(nodes_of_ranks),
-            leader=leader, checkpoints=checkpoints, keep=keep, spill=spill,
+            leader=leader, groups=[group.to_json() for group in groups], checkpoints=checkpoints, keep=keep, spill=spill,
         )  # fmt: skip
 
     def status(self) -> dict[str, Any]:
         """{"node", "pid", "incarnation", "generations", "checkpoints", "bytes"}."""
         return self._request("status")
+
+    def rebuild(self, holding: Holding, node: str, *, stores: Mapping[str, str]) -> int:
+        """Have this store decode a lost node's data of a generation. Returns the bytes. Raises StoreError if it cannot."""
+        group = holding.group_of(node)
+        data = {other: held for other in group.nodes if (held := holding.where(other)) is not None}
+        answer = self._request(
+            "rebuild", step=holding.step, incarnation=holding.incarnation, of=node, group=group.to_json(),
+            groups=[group.to_json() for group in holding.groups], seating=holding.seating, data=data,
+            parity=sorted(holding.parity & set(group.nodes)), stores=dict(stores), seconds=REBUILD_SECONDS,
+        )  # fmt: skip
+        return int(answer["bytes"])
 
     def renew(self) -> None:
         """Put off the end of the lease."""
@@ -119,16 +132,3 @@ class StoreAdmin:
     def shutdown(self) -> None:
         """End the store and remove its shared memory."""
         self._request("shutdown")
-
-
-def newest_common(statuses: Sequence[Mapping[str, Any]]) -> int | None:
-    """The newest step of which every rank of its world is sealed in some store, all of one incarnation.
-
-    A commit that was never broadcast makes no difference: what is sealed everywhere is whole.
-    """
-    ranks: dict[tuple[int, int, int], set[int]] = defaultdict(set)
-    for status in statuses:
-        for generation in status["generations"]:
-            ranks[generation["step"], generation["incarnation"], generation["world_size"]].update(generation["ranks"])
-    whole = [step for (step, _, world_size), held in ranks.items() if held == set(range(world_size))]
-    return max(whole, default=None)

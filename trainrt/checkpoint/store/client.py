@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class SnapshotClient:
             except StoreError:
                 self._lost()
         return None
+
+    def copied(self, step: int, bytes: int) -> None:
+        """The slot is written up to here: the store may begin with it. Nothing is waited for."""
+        with suppress(StoreError):
+            self._connect().send("copied", **self._head, step=step, bytes=bytes, one_way=True)
 
     def seal(self, step: int, *, metadata: dict[str, Any] | None, checkpoint: bool) -> None:
         """The slot is written: the store takes over. Returns at once."""

@@ -1,7 +1,8 @@
 """Messages between trainers, stores and drivers: a length, a JSON header, and a payload of raw bytes.
 
     8 bytes   length of the header, length of the payload (two little-endian u32, in bytes)
-    header    JSON object; requests carry "op", "token" and "run_id"; answers "ok", or "error"
+    header    JSON object; requests carry "op", "token", "run_id", and "one_way" where no answer is
+              wanted; answers "error" if refused
     payload   raw bytes
 
 A request without the run's token is answered by closing the connection.
@@ -46,9 +47,21 @@ class Connection:
 
     def request(self, op: str, *, wait_seconds: float = 0.0, **fields: Any) -> tuple[dict[str, Any], bytearray]:
         """Ask and wait for the answer, `wait_seconds` longer than usual. Raises StoreError if the store is gone or refuses."""
+        self.send(op, **fields)
+        return self.receive(wait_seconds=wait_seconds)
+
+    def send(self, op: str, **fields: Any) -> None:
+        """Ask; `receive` brings the answer (none comes to a message with `one_way`). Raises StoreError if the store is gone."""
+        try:
+            self._socket.settimeout(self._timeout)
+            self._socket.sendall(pack({"op": op, **self._head, **fields}, 0))
+        except OSError as error:
+            raise StoreError(f"store {self.address}: {error.strerror or error}") from error
+
+    def receive(self, *, wait_seconds: float = 0.0) -> tuple[dict[str, Any], bytearray]:
+        """The answer to the oldest request that has none yet."""
         try:
             self._socket.settimeout(self._timeout + wait_seconds)
-            self._socket.sendall(pack({"op": op, **self._head, **fields}, 0))
             header_bytes, payload_bytes = LENGTHS.unpack(self._exactly(LENGTHS.size))
             header = json.loads(self._exactly(header_bytes))
             payload = self._exactly(payload_bytes)

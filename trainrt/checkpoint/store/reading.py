@@ -30,6 +30,12 @@ class VerifiedSlot:
             self._verify(first // BLOCK_BYTES, (first + (extent + 1) * item_bytes - 1) // BLOCK_BYTES)
         return view
 
+    def range(self, start: int, stop: int) -> np.ndarray:
+        """A range of bytes. Raises StoreError where a block under it has rotted."""
+        if stop > start:
+            self._verify(start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES)
+        return self._data[start:stop]
+
     def _verify(self, first: int, last: int) -> None:
         for block in range(first, last + 1):
             if not self._verified[block]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,51 @@ def map_slot(path: str | Path, size: int) -> np.ndarray:
 def hash_blocks(data: np.ndarray) -> list[int]:
     """xxh3-64 of each block of 1 MiB."""
     return [xxhash.xxh3_64_intdigest(data[at : at + BLOCK_BYTES]) for at in range(0, data.nbytes, BLOCK_BYTES)]
+
+
+class Slots:
+    """A store's slots: made where there is room, used again, removed when nobody can use them.
+
+    `owner` is what a slot is for: a rank, or parity; a slot is only given to the same owner at the same size again.
+    """
+
+    def __init__(self, folder: Path, node: str) -> None:
+        self._folder, self._node = folder, node
+        self._made = 0
+        self._owners: dict[str, tuple[str, int]] = {}
+        self._maps: dict[str, np.ndarray] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self._owners.values())
+
+    def take(self, owner: str, size: int, *, used: Collection[str], spill: Path | None = None) -> str | None:
+        """A slot that is not in use; in `spill` where shared memory is full. None where there is no room."""
+        for slot, facts in self._owners.items():
+            if slot not in used and facts == (owner, size):
+                return slot
+        for folder in filter(None, (self._folder, spill)):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made += 1
+            path = folder / f"{owner}-slot-{self._node}-{self._made}"
+            if create_slot(path, size):
+                self._owners[str(path)] = (owner, size)
+                return str(path)
+        return None
+
+    def map(self, slot: str) -> np.ndarray:
+        if slot not in self._maps:
+            self._maps[slot] = map_slot(slot, self._owners[slot][1])
+        return self._maps[slot]
+
+    def reclaim(self, *, used: Collection[str], wanted: Callable[[str, int], bool]) -> None:
+        """Remove the slots that nothing is in and that no owner (owner, size) wants again."""
+        for slot, facts in list(self._owners.items()):
+            if slot not in used and not wanted(*facts):
+                del self._owners[slot]
+                self._maps.pop(slot, None)
+                Path(slot).unlink(missing_ok=True)
+
+
+def owner_of(rank: int) -> str:
+    return f"rank-{rank:05d}"

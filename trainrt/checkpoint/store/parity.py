@@ -1,0 +1,247 @@
+"""A store's part in its group: it codes parity of the others' data, serves segments, and rebuilds lost nodes' data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainrt.checkpoint.store.coding import Peers, Rebuilding, encode, parity_parts, until_over
+from trainrt.checkpoint.store.generation import Generation, Member, Parity
+from trainrt.checkpoint.store.group import Group
+from trainrt.checkpoint.store.reading import VerifiedSlot
+from trainrt.checkpoint.store.segments import NodeData, cut
+from trainrt.checkpoint.store.slots import BLOCK_BYTES, hash_blocks, owner_of
+from trainrt.errors import StoreError
+
+if TYPE_CHECKING:
+    from trainrt.checkpoint.store.store import Store
+
+PARITY = "parity"
+SEGMENT_SECONDS = 8.0
+"""How long a request for data that is still to be copied waits before it is asked again."""
+
+
+class ParityKeeper:
+    """Operations of one store on behalf of its group; `op_*` are requests, as in `Store`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._sizes: tuple[int, dict[str, int]] = (0, {})
+
+    # Coding.
+
+    async def encode(self, generation: Generation) -> None:
+        """Code this store's parity of a generation, and learn what its peers' members are. Ends when that is over.
+
+        Where there is no room for parity the generation goes without: `summary` says so.
+        """
+        group = generation.group
+        if group is None or group.m == 0:
+            return
+        store = self._store
+        sizes = await store.in_thread(until_over, generation, lambda: self._node_bytes(generation, group))
+        if sizes is None:
+            return
+        parts = parity_parts(group, store.node, sizes)
+        size = sum(part.length for part in parts)
+        slot = store.slots.take(PARITY, size, used=store.slots_in_use())
+        if slot is None:
+            return
+        parity = generation.parity = Parity(slot, size, parts)
+        layouts = await store.in_thread(until_over, generation, lambda: self._code(generation, group, parity))
+        if layouts is not None:
+            store.layouts.update(layouts)
+
+    def _peers(self) -> Peers:
+        return Peers(self._store.stores, token=self._store.token, run_id=self._store.run_id)
+
+    def _node_bytes(self, generation: Generation, group: Group) -> dict[str, int]:
+        """How much every other store of the group holds: the same all through an incarnation."""
+        incarnation, known = self._sizes
+        if incarnation == generation.incarnation and set(known) >= set(group.nodes) - {self._store.node}:
+            return known
+        with self._peers() as peers:
+            found = {
+                node: peers.ask(node, "node_bytes", incarnation=generation.incarnation)["bytes"]
+                for node in group.nodes
+                if node != self._store.node
+            }
+        self._sizes = (generation.incarnation, found)
+        return found
+
+    def _code(self, generation: Generation, group: Group, parity: Parity) -> dict[str, Any]:
+        """Parity, then the facts of all others, then the hashes that make it count. Returns layouts not known yet."""
+        head = {"step": generation.step, "incarnation": generation.incarnation}
+        layouts: dict[str, Any] = {}
+        out = self._store.slots.map(parity.slot)
+        with self._peers() as peers:
+            encode(generation, group, parity.parts, out, peers)
+            for node in group.nodes:
+                if node == self._store.node:
+                    continue
+                known = [*self._store.layouts, *layouts]
+                answer = peers.ask(node, "facts", **head, of=node, wait=True, known=known)
+                parity.facts[node] = answer["members"]
+                layouts.update(answer["layouts"])
+        # Assigned in one go: parity with hashes is complete parity.
+        parity.hashes = hash_blocks(out)
+        return layouts
+
+    async def op_node_bytes(self, message: dict[str, Any]) -> dict[str, Any]:
+        """How much the ranks of this node hold, as soon as all have described themselves."""
+        store = self._store
+        store.current(message)
+        ranks = {rank for rank, node in store.nodes_of_ranks.items() if node == store.node}
+        if not await store.until(lambda: ranks <= set(store.described), SEGMENT_SECONDS):
+            raise StoreError("not all ranks of this node are there yet")
+        return {"bytes": sum(store.described[rank][1] for rank in ranks)}
+
+    # Serving.
+
+    async def op_segment(self, message: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """A range of a segment of a node's data; with `wait` as soon as it is hashed, else verified."""
+        key, where = (message["step"], message["incarnation"]), self._where(message)
+        if message["wait"]:
+            self._store.current(message)
+            await self._until_hashed(message, where)
+        generation = self._held(key)
+        data = self._data(generation, message["of"], verified=not message["wait"])
+        return {}, await self._store.in_thread(lambda: data.read(*data.segment(*where)))
+
+    @staticmethod
+    def _where(message: dict[str, Any]) -> tuple[int, int, int, int]:
+        return message["segment"], message["k"], message["offset"], message["length"]
+
+    async def _until_hashed(self, message: dict[str, Any], where: tuple[int, int, int, int]) -> None:
+        store, key = self._store, (message["step"], message["incarnation"])
+
+        def hashed() -> bool:
+            generation = store.generations.get(*key)
+            if generation is None or not generation.ranks_of(message["of"]) <= set(generation.members):
+                return False
+            data = self._data(generation, message["of"], verified=False)
+            members = self._members(generation, message["of"])
+            return all(
+                len(members[piece].hashes) * BLOCK_BYTES >= stop for piece, _, stop in data.spans(*data.segment(*where))
+            )
+
+        def over() -> bool:
+            return key[0] in store.given_up or key[1] != store.incarnation or hashed()
+
+        if not await store.until(over, SEGMENT_SECONDS) or not hashed():
+            raise StoreError(f"generation {key[0]} of incarnation {key[1]} is not there yet, or given up")
+
+    def _held(self, key: tuple[int, int]) -> Generation:
+        generation = self._store.generations.get(*key)
+        if generation is None:
+            raise StoreError(f"generation {key[0]} of incarnation {key[1]} is not here")
+        return generation
+
+    @staticmethod
+    def _members(generation: Generation, node: str) -> list[Member]:
+        """A node's members, in the order in which their bytes follow each other."""
+        ranks = sorted(generation.ranks_of(node))
+        if not set(ranks) <= set(generation.members):
+            raise StoreError(f"generation {generation.step}: data of {node} is not here")
+        return [generation.members[rank] for rank in ranks]
+
+    def _data(self, generation: Generation, node: str, *, verified: bool) -> NodeData:
+        members = self._members(generation, node)
+        if verified:
+            slots = [VerifiedSlot(member.slot, member.bytes, member.hashes) for member in members]
+            return NodeData([(m.bytes, slot.range) for m, slot in zip(members, slots, strict=True)])
+        maps = [self._store.slots.map(member.slot) for member in members]
+        return NodeData([(data.size, cut(data)) for data in maps])
+
+    async def op_parity(self, message: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """A range of this store's parity of a stripe, verified."""
+        parity = self._held((message["step"], message["incarnation"])).parity
+        if parity is None or not parity.hashes:
+            raise StoreError(f"generation {message['step']}: no parity is here")
+        part = next(part for part in parity.parts if part.stripe == message["stripe"])
+        slot = VerifiedSlot(parity.slot, parity.bytes, parity.hashes)
+        start = part.offset + message["offset"]
+        stop = min(start + message["length"], part.offset + part.length)
+        return {}, await self._store.in_thread(lambda: slot.range(start, stop).tobytes())
+
+    async def op_facts(self, message: dict[str, Any]) -> dict[str, Any]:
+        """What the members of a node are: sizes, layouts, checksums, metadata; own ones, or as learned from it."""
+        store, key, node = self._store, (message["step"], message["incarnation"]), message["of"]
+
+        def sealed() -> bool:
+            held = store.generations.get(*key)
+            return held is not None and held.ranks_of(node) <= held.sealed_ranks()
+
+        if message["wait"]:
+            await store.until(lambda: sealed() or key[0] in store.given_up, SEGMENT_SECONDS)
+        generation = self._held(key)
+        if sealed():
+            members = {str(member.rank): member.facts() for member in self._members(generation, node)}
+        elif generation.parity is not None and node in generation.parity.facts and not message["wait"]:
+            members = generation.parity.facts[node]
+        else:
+            raise StoreError(f"generation {key[0]}: nothing is known of {node} here")
+        names = {facts["layout"] for facts in members.values()} - set(message.get("known", ()))
+        return {"members": members, "layouts": {name: store.layouts[name] for name in names}}
+
+    def layouts_held(self) -> set[str]:
+        """Layouts of peers' members."""
+        return {
+            facts["layout"]
+            for generation in self._store.generations
+            if generation.parity is not None
+            for members in generation.parity.facts.values()
+            for facts in members.values()
+        }
+
+    def wants(self, owner: str, size: int) -> bool:
+        """Whether a parity slot of this size will be needed again: sizes change with the incarnation only."""
+        return owner == PARITY and any(g.parity is not None and g.parity.bytes == size for g in self._store.generations)
+
+    # Rebuilding.
+
+    async def op_rebuild(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Decode a lost node's data into slots of this store, where it then counts as its own. Returns the bytes.
+
+        Raises StoreError where too little is left, or what was decoded fails its checksums; nothing is kept then.
+        """
+        store, key, node = self._store, (message["step"], message["incarnation"]), message["of"]
+        group = Group.from_json(message["group"])
+        with Peers(message["stores"], token=store.token, run_id=store.run_id) as peers:
+            work = Rebuilding(*key, group, node, data=message["data"], parity=set(message["parity"]), peers=peers)
+            found = await store.in_thread(work.facts)
+            store.layouts.update(found["layouts"])
+            members = self._take_slots(found["members"])
+            seating = {int(rank): seat for rank, seat in message["seating"].items()}
+            groups = tuple(map(Group.from_json, message["groups"]))
+            generation = store.generations.open(Generation(*key, store.node, seating, groups))
+            generation.members.update(members)
+            try:
+                await store.in_thread(self._decode, work, list(members.values()))
+            except StoreError:
+                for rank in members:
+                    del generation.members[rank]
+                raise
+        for member in members.values():
+            member.sealed = True
+        generation.rebuilt()
+        await store.notify()
+        return {"bytes": sum(member.bytes for member in members.values())}
+
+    def _take_slots(self, found: dict[str, dict[str, Any]]) -> dict[int, Member]:
+        store, members, used = self._store, {}, set(self._store.slots_in_use())
+        for rank, facts in sorted((int(rank), facts) for rank, facts in found.items()):
+            slot = store.slots.take(owner_of(rank), facts["bytes"], used=used, spill=store.spill)
+            if slot is None:
+                raise StoreError(f"no room for {facts['bytes']} bytes in {store.folder}")
+            used.add(slot)
+            members[rank] = Member(rank, slot, **facts)
+        return members
+
+    def _decode(self, work: Rebuilding, members: list[Member]) -> None:
+        maps: list[np.ndarray] = [self._store.slots.map(member.slot) for member in members]
+        work.decode_into(NodeData([(data.size, cut(data)) for data in maps]))
+        for member, data in zip(members, maps, strict=True):
+            if hash_blocks(data) != member.hashes:
+                raise StoreError(f"rank {member.rank}, decoded from parity, does not match its checksums")
