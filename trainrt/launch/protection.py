@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from trainrt.checkpoint.store.inventory import Holding
 from trainrt.config import JobConfig
 from trainrt.launch.incidents import STORE_LOSS, Incident, Ledger
 
@@ -26,38 +28,46 @@ class Protection:
         self._asked = 1 if asked == "auto" else asked
         self._ledger = ledger
         self._committed = False
-        self._protected = False
+        self._parity = False
+        self._full = False
         self._asked_at = 0.0
+        self._answer: Future[Holding | None] | None = None
+        # A store that does not answer must not hold up the driver.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="protection")
 
     def ordered(self, running: Incarnation) -> None:
         """A new incarnation: what it was restored from in memory still protects it, against the loss of workers."""
         self._committed = running.origin.kind in ("memory", "parity")
-        self._protected = False
+        self._parity = self._full = False
+        self._answer = None
 
     def store_lost(self, node: str, *, at: float, step: int) -> None:
         self._ledger.open(Incident(STORE_LOSS, f"the store of node {node} died", at, nodes=[node], step=step))
-        self._committed = self._protected = False
+        self._committed = self._parity = self._full = False
+        self._answer = None
 
     def level(self, running: Incarnation) -> str:
-        """Asks the stores now and then while something is open."""
+        """Asks the stores now and then while something is open. Does not wait for them."""
         if not self._snapshots:
             return "none"
-        waiting = not self._protected or running.stores_retired or self._ledger.store_lost
-        if waiting and time.monotonic() - self._asked_at > ASK_SECONDS:
+        waiting = not self._parity or running.stores_retired or self._ledger.store_lost
+        if self._answer is not None and self._answer.done():
+            self._take(running, self._answer.result())
+            self._answer = None
+        elif waiting and self._answer is None and time.monotonic() - self._asked_at > ASK_SECONDS:
             self._asked_at = time.monotonic()
-            self._ask(running)
+            self._answer = self._thread.submit(running.committed)
         if self._ledger.store_lost:
             return "degraded"
         if not self._committed:
             return "none"
-        return "full" if self._protected else "degraded"
+        return "full" if self._full else "degraded"
 
-    def _ask(self, running: Incarnation) -> None:
-        """Is there a generation of this incarnation's ranks in the stores that serve them, with all its parity?"""
-        found = running.committed()
+    def _take(self, running: Incarnation, found: Holding | None) -> None:
+        """A generation of this incarnation's ranks in the stores that serve them, and what parity it has."""
         if found is None:
             return
-        self._committed = True
-        self._protected = found.protected and all(group.m >= self._asked for group in found.groups)
+        self._committed, self._parity = True, found.protected
+        self._full = found.protected and all(group.m >= self._asked for group in found.groups)
         running.forget_retired()
         self._ledger.protected()
