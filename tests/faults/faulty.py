@@ -1,0 +1,158 @@
+"""Runs that die on order: a user's module whose ranks kill themselves at a chosen place, and helpers to kill the rest.
+
+An order is a file `{place}-{rank}` in a folder; the rank that finds its own removes it and ends by SIGKILL there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.launch.runs import Run, alive, write_job
+from trainrt.checkpoint.inspect import inspect
+
+MODULE = """
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from trainrt import Pipeline
+from trainrt.training.engines.native import NativeEngine
+from trainrt.training.objectives import cross_entropy_sum
+from trainrt.training.state import Snapshotter
+
+ORDERS = Path({orders!r})
+
+
+def ordered(place):
+    path = ORDERS / f"{{place}}-{{dist.get_rank()}}"
+    if path.exists():
+        path.unlink()
+        return True
+    return False
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_start(owner, name, place):
+    inner = getattr(owner, name)
+
+    def outer(*arguments, **named):
+        if ordered(place):
+            die()
+        return inner(*arguments, **named)
+
+    setattr(owner, name, outer)
+
+
+def half_way(owner, name, place, seconds):
+    inner = getattr(owner, name)
+
+    def outer(*arguments, **named):
+        if ordered(place):
+            threading.Timer(seconds, die).start()
+        return inner(*arguments, **named)
+
+    setattr(owner, name, outer)
+
+
+def torn_copy(self, buffer, *arguments, **named):
+    if ordered("copy"):
+        buffer[: buffer.size // 2] = 77
+        die()
+    return copy_into(self, buffer, *arguments, **named)
+
+
+copy_into = Snapshotter.copy_into
+Snapshotter.copy_into = torn_copy
+at_start(NativeEngine, "_update", "optimizer")
+half_way(NativeEngine, "_gather", "collective", 0.001)
+
+
+def loss(model, batch):
+    if ordered("forward"):
+        die()
+    return cross_entropy_sum(model(batch["input_ids"]).logits, batch["labels"])
+
+
+pipeline = Pipeline(loss=loss)
+"""
+ENDLESS = 100000
+
+
+class FaultyRun(Run):
+    """A run of several nodes with one worker each, and what can be killed of it."""
+
+    def __init__(self, folder: Path, *, nodes: int, spares: int, m: int, steps: int = ENDLESS) -> None:
+        (folder / "orders").mkdir(exist_ok=True)
+        (folder / "faulty.py").write_text(MODULE.format(orders=str(folder / "orders")))
+        job = write_job(
+            folder / f"job-{steps}.toml",
+            run={"steps": steps, "pipeline": "faulty:pipeline"},
+            optimizer={"schedule": "constant", "warmup_steps": 2},
+            snapshot={"parity_shards": m},
+            checkpoint={"every": 0},
+            cluster={"nodes": nodes, "workers_per_node": 1, "spare_nodes": spares, "driver_grace_seconds": 60},
+        )
+        super().__init__(folder / f"run-{steps}", job)
+        self.nodes = nodes
+
+    def order(self, place: str, rank: int) -> None:
+        (self.directory.parent / "orders" / f"{place}-{rank}").touch()
+
+    def seat(self, rank: int) -> str:
+        """The node on which a rank runs now."""
+        return next(node for node, held in self.pids("worker") if held == rank)
+
+    def kill_node(self, *nodes: str) -> None:
+        """SIGKILL all that runs on nodes, stores and raylets too, before anybody can react."""
+        entries = self.document("cluster")["processes"]
+        order = ("store", "agent", "worker", "raylet")
+        for role in order:
+            for entry in entries:
+                if entry["node"] in nodes and entry["role"] == role:
+                    os.kill(entry["pid"], signal.SIGKILL)
+
+    def settled(self, *, protection: str = "full") -> None:
+        """Wait until all ranks run, steps are completed and the protection is as it should be."""
+        self.until(lambda: len(self.pids("worker")) == self.document("status")["world_size"], "all workers")
+        self.until(lambda: self.document("status")["protection"] == protection, f"protection {protection}")
+        assert all(alive(pid) for pid in self.pids("worker").values())
+
+    def fault(self, *, settle: str = "full") -> tuple[int, int]:
+        """To be called before a fault: waits for full protection; the number of incidents and a step."""
+        self.settled(protection=settle)
+        self.until_step(self.step + 3)
+        return len(self.lines("incidents")), self.step
+
+    def final(self) -> dict[tuple[str, str], str]:
+        """Digests of the state with which the run ended."""
+        (path,) = sorted((self.directory / "checkpoints").glob("step-*"))[-1:]
+        return {(tensor["name"], tensor["role"]): tensor["digest"] for tensor in inspect(path)["tensors"]}
+
+    def losses(self) -> dict[int, float]:
+        return {line["step"]: line["loss"] for line in self.lines("metrics")}
+
+
+def undisturbed(folder: Path, *, nodes: int, m: int, steps: int) -> FaultyRun:
+    """The same job on the same mesh, with nothing killed, to the same step."""
+    run = FaultyRun(folder, nodes=nodes, spares=0, m=m, steps=steps)
+    run.launch()
+    assert run.wait() == 0, run.text
+    assert run.lines("incidents") == []
+    return run
+
+
+def expect(incident: dict[str, Any], **facts: Any) -> None:
+    """One fault, one incident, as it should be; at most one completed step is done again."""
+    found = {key: incident[key] for key in facts}
+    assert found == facts, incident
+    assert incident["steps_lost"] <= 1, incident

@@ -1,0 +1,92 @@
+"""Worker, store, both, a node, two nodes at once: killed in one run, which ends bit for bit like an undisturbed one."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.faulty import FaultyRun, expect, undisturbed
+
+NODES, SPARES, PARITY = 4, 3, 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyRun]:
+    run = FaultyRun(tmp_path_factory.mktemp("chain"), nodes=NODES, spares=SPARES, m=PARITY)
+    run.launch()
+    run.until_step(5)
+    yield run
+    run.end()
+
+
+@pytest.mark.parametrize("place", ["forward", "collective", "optimizer", "copy"])
+def test_a_worker_dies_at_a_chosen_place(run: FaultyRun, place: str) -> None:
+    seen, _ = run.fault()
+    run.order(place, 2)
+    incident = run.incident(seen)
+    expect(incident, kind="worker_exit", ranks=[2], action="restart", restored_from="memory")
+
+
+def test_workers_die_at_different_steps(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    run.order("copy", 1)
+    run.order("forward", 3)
+    incident = run.incident(seen)
+    expect(incident, kind="worker_exit", action="restart", restored_from="memory")
+
+
+def test_a_store_dies_and_training_goes_on(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    run.kill("store", run.seat(1))
+    expect(run.incident(seen), kind="store_loss", nodes=[run.seat(1)], steps_lost=0)
+
+
+def test_worker_and_store_of_a_node_die_together(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    node = run.seat(0)
+    run.kill("store", node)
+    run.kill("worker", node, 0)
+    incidents = [run.incident(seen), run.incident(seen + 1)]
+    worker = next(held for held in incidents if held["kind"] == "worker_exit")
+    expect(worker, ranks=[0], restored_from="parity")
+
+
+def test_a_node_dies_and_a_spare_decodes_it(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    node = run.seat(3)
+    run.kill_node(node)
+    expect(run.incident(seen), kind="node_loss", nodes=[node], action="replace", restored_from="parity")
+
+
+def test_two_nodes_die_at_once(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    nodes = sorted([run.seat(1), run.seat(2)])
+    run.kill_node(*nodes)
+    run.until(lambda: len(run.pids("worker")) == NODES, "all workers")
+    incident = run.incident(seen)
+    expect(incident, kind="node_loss", action="replace", restored_from="parity")
+    assert set(incident["nodes"]) <= set(nodes)
+    run.settled()
+
+
+def test_the_driver_dies(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    run.signal(signal.SIGKILL)
+    run.wait()
+    run.launch()
+    expect(run.incident(seen), kind="driver_loss", restored_from="memory")
+
+
+def test_the_end_is_bit_for_bit_that_of_an_undisturbed_run(run: FaultyRun) -> None:
+    run.fault()
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 75
+    step = run.document("status")["step"]
+    steps = [line["step"] for line in run.lines("metrics")]
+    assert steps == list(range(1, step + 1)), "each step stands once"
+    assert run.leftovers() == []
+    other = undisturbed(run.directory.parent, nodes=NODES, m=PARITY, steps=step)
+    assert run.losses() == other.losses()
+    assert run.final() == other.final()
