@@ -37,6 +37,7 @@ class Cluster:
         self.rows = [rows + 16 * rank for rank in self.seats]
         self.tensor = LogicalTensor("w", "parameter", "float32", (sum(self.rows), COLUMNS))
         self.at: dict[str, StoreAddress] = {}
+        self.configuration = 0
         for name in self.names:
             self.start(name)
 
@@ -59,9 +60,11 @@ class Cluster:
     def configure(self, incarnation: int, seats: dict[int, str] | None = None) -> None:
         self.seats = seats or self.seats
         hosts = dict.fromkeys(set(self.seats.values()), "host")
+        self.configuration += 1
         for name in self.at:
             self.admin(name).configure(
-                incarnation=incarnation, stores=self.addresses, nodes_of_ranks=self.seats, leader=min(self.at),
+                incarnation=incarnation, configuration=self.configuration,
+                stores=self.addresses, nodes_of_ranks=self.seats, leader=min(self.at),
                 groups=choose_groups(hosts, data_shards=None, parity_shards=self.m),
                 checkpoints=str(self.folder / "checkpoints"), keep=2, spill=str(self.folder / "spill"),
             )  # fmt: skip

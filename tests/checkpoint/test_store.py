@@ -40,6 +40,7 @@ class Stores:
     def __init__(self, folder: Path) -> None:
         self.run_id, self.folder = uuid.uuid4().hex[:8], folder
         self.at: dict[str, StoreAddress] = {}
+        self.configuration = 0
         for node in ("a", "b"):
             self.start(node)
 
@@ -53,9 +54,11 @@ class Stores:
 
     def configure(self, incarnation: int, ranks: dict[int, str] = RANKS) -> None:
         groups = choose_groups(dict.fromkeys(set(ranks.values()), "host"), data_shards=None, parity_shards=1)
+        self.configuration += 1
         for store in self.at.values():
             StoreAdmin(store.address, TOKEN).configure(
-                incarnation=incarnation, stores=self.addresses, nodes_of_ranks=ranks, leader="a", groups=groups,
+                incarnation=incarnation, configuration=self.configuration,
+                stores=self.addresses, nodes_of_ranks=ranks, leader="a", groups=groups,
                 checkpoints=str(self.folder / "checkpoints"), keep=2, spill=str(self.folder / "spill"),
             )  # fmt: skip
 

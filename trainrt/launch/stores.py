@@ -49,6 +49,7 @@ class Stores:
         self._active: dict[str, dict[str, str]] = {}
         self._retired: dict[str, str] = {}
         self._distrusted = (0, 0)
+        self._configuration = 0
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stores")
 
     def add(self, node: str, store: dict[str, str]) -> None:
@@ -128,11 +129,12 @@ class Stores:
         addresses = {node: self._active[node]["address"] for node in sorted(nodes)}
         if not addresses:
             return
+        self._configuration += 1
         groups = self.groups({node: hosts.get(node, node) for node in set(nodes_of_ranks.values())})
         self._ask(
             addresses,
             lambda admin: admin.configure(
-                incarnation=incarnation, stores=addresses, nodes_of_ranks=nodes_of_ranks,
+                incarnation=incarnation, configuration=self._configuration, stores=addresses, nodes_of_ranks=nodes_of_ranks,
                 leader=min(addresses), groups=groups, checkpoints=str(self._run_dir.checkpoints),
                 keep=self._config.checkpoint.keep, spill=str(self._run_dir.path / ".spill"),
             ),

@@ -101,12 +101,16 @@ class StoreAdmin:
             connection.close()
 
     def configure(
-        self, *, incarnation: int, stores: Mapping[str, str], nodes_of_ranks: Mapping[int, str], leader: str,
+        self, *, incarnation: int, configuration: int, stores: Mapping[str, str], nodes_of_ranks: Mapping[int, str], leader: str,
         groups: Sequence[Group], checkpoints: str, keep: int, spill: str,
     ) -> None:  # fmt: skip
-        """Who belongs to an incarnation; older ones are refused from now on, unsealed generations dropped."""
+        """Who belongs to an incarnation; older ones are refused from now on, unsealed generations dropped.
+
+        `configuration` grows each time, so that votes of a store that died and was started anew do not count.
+        """
         self._request(
-            "configure", incarnation=incarnation, stores=dict(stores), nodes_of_ranks=dict(nodes_of_ranks),
+            "configure", incarnation=incarnation, configuration=configuration,
+            stores=dict(stores), nodes_of_ranks=dict(nodes_of_ranks),
             leader=leader, groups=[group.to_json() for group in groups], checkpoints=checkpoints, keep=keep, spill=spill,
         )  # fmt: skip
 

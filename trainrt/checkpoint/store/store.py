@@ -29,6 +29,7 @@ from trainrt.checkpoint.store.slots import BLOCK_BYTES, Slots, hash_blocks, owne
 from trainrt.errors import StoreError, TrainrtError
 
 HASH_AT_ONCE = 8 * BLOCK_BYTES
+VOTE_AGAIN_SECONDS = 0.05
 
 
 class Store:
@@ -38,6 +39,7 @@ class Store:
         self.run_id, self.node, self.token = run_id, node, token
         self.folder = shared_folder(run_id, node)
         self.incarnation = 0
+        self.configuration = 0
         self.stores: dict[str, str] = {}
         self.nodes_of_ranks: dict[int, str] = {}
         self.groups: tuple[Group, ...] = ()
@@ -73,7 +75,7 @@ class Store:
             # Who wrote a checkpoint is gone, so nobody will finish it: its generation may go.
             for generation in self.generations:
                 generation.pinned = False
-        self.incarnation = message["incarnation"]
+        self.incarnation, self.configuration = message["incarnation"], message["configuration"]
         self.stores = message["stores"]
         self.nodes_of_ranks = {int(rank): node for rank, node in message["nodes_of_ranks"].items()}
         self.groups = tuple(map(Group.from_json, message["groups"]))
@@ -160,7 +162,7 @@ class Store:
 
     async def op_give_up(self, message: dict[str, Any]) -> dict[str, Any]:
         """A rank has no snapshot of a step, so nobody waits for it: all keep the one before."""
-        self.current(message)
+        self._of_now(message)
         self.given_up.add(message["step"])
         generation = self.generations.get(message["step"], self.incarnation)
         if generation is not None and generation.state is not State.COMMITTED:
@@ -208,7 +210,7 @@ class Store:
         whole = member.copied == member.bytes and len(member.hashes) * BLOCK_BYTES >= member.bytes
         if generation.state is State.COPYING and whole and not member.sealed and generation.seal(member.rank):
             fields = self._head(generation) | {"ranks": sorted(generation.expected)}
-            await self._tell(self.leader, "sealed", fields)
+            self.spawn(self._vote("sealed", generation, fields))
             await self._settle(generation)
         await self.notify()
 
@@ -225,7 +227,12 @@ class Store:
                 "ranks": sorted(generation.expected),
                 "checkpoint": generation.checkpoint,
             }
-            await self._tell(self.leader, "protected", fields)
+            self.spawn(self._vote("protected", generation, fields))
+
+    async def _vote(self, op: str, generation: Generation, fields: dict[str, Any]) -> None:
+        """Tell the leader, who may be behind with its configuration: until it has heard, or it does not matter any more."""
+        while not generation.over and not await self._tell(self.leader, op, fields):
+            await asyncio.sleep(VOTE_AGAIN_SECONDS)
 
     @staticmethod
     def _head(generation: Generation) -> dict[str, Any]:
@@ -258,24 +265,24 @@ class Store:
 
     async def op_sealed(self, message: dict[str, Any]) -> dict[str, Any]:
         """To the leader: a node's ranks are sealed. Steps that others went past without sealing are given up."""
-        self.current(message)
+        self._of_now(message)
         for step in self._votes.sealed(message["step"], message["ranks"], world=set(self.nodes_of_ranks)):
             await self._tell_all("give_up", {"step": step, "incarnation": self.incarnation})
         return {}
 
     async def op_protected(self, message: dict[str, Any]) -> dict[str, Any]:
         """To the leader: a node's part is complete. With all parts in, the generation is committed everywhere."""
-        self.current(message)
+        self._of_now(message)
         key = (message["step"], message["incarnation"])
         if self._votes.protected(key[0], message["ranks"]) == set(self.nodes_of_ranks):
-            self._votes.forget(key[0])
+            self._votes.decide(key[0])
             await self._tell_all("commit", {"step": key[0], "incarnation": key[1]})
             if message["checkpoint"] and self._writer is not None:
                 self.spawn(self._write_checkpoint(*key))
         return {}
 
     async def op_commit(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.current(message)
+        self._of_now(message)
         generation = self.generations.get(message["step"], message["incarnation"])
         if generation is not None and generation.state is State.PROTECTED:
             self.generations.commit(generation)
@@ -347,6 +354,14 @@ class Store:
         if message["incarnation"] != self.incarnation:
             raise StoreError(f"incarnation {message['incarnation']} is stale; this store serves {self.incarnation}")
 
+    def _of_now(self, message: dict[str, Any]) -> None:
+        """What stores tell each other counts within one configuration: a store started anew has forgotten its votes."""
+        self.current(message)
+        if message["configuration"] != self.configuration:
+            raise StoreError(
+                f"configuration {message['configuration']} is not {self.configuration}, which is in force here"
+            )
+
     async def in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
@@ -361,13 +376,16 @@ class Store:
         async with self.changed:
             self.changed.notify_all()
 
-    async def _tell(self, node: str, op: str, fields: dict[str, Any]) -> None:
-        """Send a message to a store; one that is gone hears of it no more, and the generation stays uncommitted."""
+    async def _tell(self, node: str, op: str, fields: dict[str, Any]) -> bool:
+        """Send a message to a store. False where it is gone or refuses."""
+        fields = {**fields, "configuration": self.configuration}
         with suppress(StoreError):
             if node == self.node:
                 await getattr(self, f"op_{op}")(fields)
             else:
                 await self.in_thread(self._send, self.stores[node], op, fields)
+            return True
+        return False
 
     async def _tell_all(self, op: str, fields: dict[str, Any]) -> None:
         await asyncio.gather(*(self._tell(node, op, fields) for node in self.stores))
@@ -411,10 +429,13 @@ class Votes:
         self._sealed: dict[int, set[int]] = {}
         self._protected: dict[int, set[int]] = {}
         self._newest: dict[int, int] = {}
+        self._decided: set[int] = set()
 
     def sealed(self, step: int, ranks: list[int], *, world: set[int]) -> list[int]:
         """Count sealed ranks. Returns the steps that some rank went past without sealing them: its store was dead."""
-        self._sealed.setdefault(step, set()).update(ranks)
+        if step not in self._decided:
+            # A vote may come twice, and after the decision: counted anew it would give up what is committed.
+            self._sealed.setdefault(step, set()).update(ranks)
         self._newest.update({rank: max(step, self._newest.get(rank, 0)) for rank in ranks})
         passed = [
             earlier
@@ -422,14 +443,18 @@ class Votes:
             if any(self._newest.get(rank, 0) > earlier for rank in world - held)
         ]
         for earlier in passed:
-            self.forget(earlier)
+            self.decide(earlier)
         return passed
 
     def protected(self, step: int, ranks: list[int]) -> set[int]:
-        """Count ranks whose node is ready for the commit. Returns all of them."""
+        """Count ranks whose node is ready for the commit. Returns all of them; none once the step is decided."""
+        if step in self._decided:
+            return set()
         self._protected.setdefault(step, set()).update(ranks)
         return self._protected[step]
 
-    def forget(self, step: int) -> None:
+    def decide(self, step: int) -> None:
+        """It is committed, or given up: nothing that is still said of it matters."""
+        self._decided.add(step)
         self._sealed.pop(step, None)
         self._protected.pop(step, None)
