@@ -74,13 +74,31 @@ class ParameterPlan:
             offset[cut.dim] += start
         return Box(tuple(offset), tuple(length))
 
-    def primary(self, size: MeshSize, rank: int) -> bool:
-        """Whether `rank` is the first of the ranks that hold its box (they are replicas)."""
+    def replica(self, size: MeshSize, rank: int) -> tuple[int, int]:
+        """Which of the ranks that hold the same box this one is, and how many they are."""
         where = coordinates(size, rank)
         axes = {cut.axis for cut in self.cuts}
-        expert = axes & {"ep", "efsdp"}
-        replicated = ({"tp"} if expert else {"dp", "fsdp", "tp"}) | ({"ep", "efsdp"} if expert else set())
-        return all(where[axis] == 0 for axis in replicated - axes)
+        replicated = ("tp", "ep", "efsdp") if axes & {"ep", "efsdp"} else ("tp", "fsdp", "dp")
+        number, count = 0, 1
+        for axis in replicated:
+            if axis not in axes:
+                number += where[axis] * count
+                count *= axis_size(size, axis)
+        return number, count
+
+    def primary(self, size: MeshSize, rank: int) -> bool:
+        """Whether `rank` is the first of the ranks that hold its box (they are replicas)."""
+        return self.replica(size, rank)[0] == 0
+
+    def share(self, size: MeshSize, rank: int) -> Box:
+        """The rows of its box that `rank` answers for: replicas divide them among themselves."""
+        box, (number, count) = self.box(size, rank), self.replica(size, rank)
+        if not self.shape:
+            return box if number == 0 else Box((0,), (0,))
+        piece = -(-box.length[0] // count)
+        start = min(number * piece, box.length[0])
+        rows = min(piece, box.length[0] - start)
+        return Box((box.offset[0] + start, *box.offset[1:]), (rows, *box.length[1:]))
 
     def placements(self, size: MeshSize) -> dict[str, str]:
         """Mesh axis to 'replicate' or 'shard(dim)', as in `plan --json`."""
@@ -88,9 +106,8 @@ class ParameterPlan:
         axes = ("efsdp", "ep", "tp") if {"ep", "efsdp"} & {c.axis for c in self.cuts} else ("dp", "fsdp", "tp")
         return {axis: cut.get(axis, "replicate") for axis in axes}
 
-    def fragments(self, part: Part, size: MeshSize, rank: int, base: int) -> tuple[Fragment, ...]:
-        """The box of a logical tensor that `rank` holds in its local tensor, which starts at byte `base`."""
-        mine = self.box(size, rank)
+    def fragments(self, part: Part, mine: Box, rank: int, base: int) -> tuple[Fragment, ...]:
+        """What `rank` holds of a logical tensor in the box `mine` of the live one, which lies at byte `base`."""
         extent = [1] * len(self.shape)
         for dim, n in zip(part.dims, part.shape, strict=True):
             extent[dim] = n
@@ -107,13 +124,14 @@ class ParameterPlan:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where the local tensor of one (parameter, role) lies in a rank's snapshot."""
+    """Where the local tensor of one (parameter, role), or `shape[0]` rows of it from `start` on, lies in a buffer."""
 
     name: str
     role: str
     dtype: str
     base: int
     shape: tuple[int, ...]
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,32 +149,40 @@ class Plan:
     def __getitem__(self, name: str) -> ParameterPlan:
         return next(parameter for parameter in self.parameters if parameter.name == name)
 
-    def slots(self, rank: int, roles: Sequence[tuple[str, str | None]]) -> tuple[list[Slot], int]:
+    def slots(
+        self, rank: int, roles: Sequence[tuple[str, str | None]], *, shared: bool = False
+    ) -> tuple[list[Slot], int]:
         """The local tensors of a rank one after the other, aligned, and their bytes in all.
 
         `roles` are (role, dtype); dtype None: the parameter's own. Buffers have the one role `buffer`.
+        `shared`: of what replicas hold, only the rank's share.
         """
         slots: list[Slot] = []
         base = 0
         for parameter in self.parameters:
-            shape = parameter.box(self.mesh, rank).length
+            box, whole = self._held(parameter, rank, shared=shared), parameter.box(self.mesh, rank)
+            start = box.offset[0] - whole.offset[0] if parameter.shape else 0
             for role, dtype in roles_of(parameter, roles):
-                slots.append(Slot(parameter.name, role, dtype, base, shape))
-                size = Box.whole(shape).elements * ITEM_BYTES[dtype]
+                slots.append(Slot(parameter.name, role, dtype, base, box.length, start))
+                size = Box.whole(box.length).elements * ITEM_BYTES[dtype]
                 base += -(-size // ALIGNMENT) * ALIGNMENT
         return slots, base
 
-    def layout(self, ranks: Iterable[int], roles: Sequence[tuple[str, str | None]]) -> Layout:
+    def layout(self, ranks: Iterable[int], roles: Sequence[tuple[str, str | None]], *, shared: bool = False) -> Layout:
         """Which box of which logical tensor lies where in the snapshots of these ranks."""
         by_name = {parameter.name: parameter for parameter in self.parameters}
         layout = Layout()
         for rank in ranks:
-            for slot in self.slots(rank, roles)[0]:
+            for slot in self.slots(rank, roles, shared=shared)[0]:
                 parameter = by_name[slot.name]
+                mine = self._held(parameter, rank, shared=shared)
                 for part in parameter.parts:
                     tensor = LogicalTensor(part.name, slot.role, slot.dtype, part.shape)
-                    layout.add(tensor, *parameter.fragments(part, self.mesh, rank, slot.base))
+                    layout.add(tensor, *parameter.fragments(part, mine, rank, slot.base))
         return layout
+
+    def _held(self, parameter: ParameterPlan, rank: int, *, shared: bool) -> Box:
+        return parameter.share(self.mesh, rank) if shared else parameter.box(self.mesh, rank)
 
     def to_json(self) -> dict[str, Any]:
         """The document of `trainrt plan --json` and plan.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trainrt.training.manifest import constant_metadata
 from trainrt.training.models.build import whole_model
 from trainrt.training.pipeline import Pipeline, SampleSource, load_pipeline, loss_function
 from trainrt.training.planning import make_plan, meta_model
+from trainrt.training.snapshots import Snapshots
 from trainrt.training.state import Snapshotter, restore
 
 
@@ -56,7 +57,7 @@ class Spec:
 
 @dataclass(slots=True)
 class Job:
-    """One rank's part of a job. `done`: the last step the state includes; `snapshotted`: the last one sealed in the store."""
+    """One rank's part of a job. `done`: the last step the state includes."""
 
     spec: Spec
     config: JobConfig
@@ -67,14 +68,11 @@ class Job:
     train: SampleSource
     validation: SampleSource | None
     corpus_digest: str | None
-    snapshotter: Snapshotter
-    store: SnapshotClient | None
+    snapshots: Snapshots
     events: EventWriter
     done: int
     constants: dict[str, Any]
     integrity: Integrity
-    snapshotted: int | None = None
-    writing: list[int] = field(default_factory=list)
 
     @classmethod
     def build(cls, spec: Spec, *, report: Callable[..., None]) -> Job:
@@ -103,7 +101,7 @@ class Job:
         constants = constant_metadata(spec.run_id, config, pipeline=pipeline, plan=plan)
         return cls(
             spec=spec, constants=constants, config=config, run_dir=run_dir, pipeline=pipeline, plan=plan, engine=engine,
-            train=train, validation=validation, corpus_digest=digest, snapshotter=snapshotter, store=store,
+            train=train, validation=validation, corpus_digest=digest, snapshots=Snapshots(config, snapshotter, store),
             events=events, done=done, integrity=Integrity(config, engine, run_dir, done=done),
         )  # fmt: skip
 

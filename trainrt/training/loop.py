@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
 
-from trainrt.config import SnapshotConfig
 from trainrt.events import ring
 from trainrt.parallel.cost import PEAK_FLOPS, flops_per_token
 from trainrt.run_dir import append_line
@@ -20,17 +18,7 @@ from trainrt.training.engines.native import StepResult
 from trainrt.training.job import Job
 from trainrt.training.manifest import step_metadata
 from trainrt.training.planning import work_of
-
-COMMIT_TIMEOUT_SECONDS = 60.0
-CHECKPOINT_TIMEOUT_SECONDS = 3600.0
-
-
-@dataclass(slots=True)
-class Stall:
-    """What a snapshot cost the trainer: seconds blocked, and whether a checkpoint is being written from it."""
-
-    seconds: float = 0.0
-    checkpoint: bool = False
+from trainrt.training.snapshots import Stall
 
 
 def run(job: Job, control: Control) -> dict[str, Any]:
@@ -74,10 +62,12 @@ def train_step(job: Job, step: int, *, stop: bool) -> tuple[StepResult, Stall, f
         with ring.span("data", kind="data"):
             batches = step_batches(job, step)
         leaves = job.config.data.global_batch // job.config.data.microbatch
-        result = job.engine.step(step, batches, leaves=leaves, steps=job.spec.steps, stop=stop)
+        result = job.engine.step(
+            step, batches, leaves=leaves, steps=job.spec.steps, stop=stop, before_update=job.snapshots.before_update
+        )
         ending = result.stop or step == job.spec.steps
         job.integrity.check(step, result, ending=ending)
-        stall = snapshot(job, step, ending=ending)
+        stall = job.snapshots.take(step, ending=ending, metadata=lambda: metadata_of(job, step))
     return result, stall, time.perf_counter() - start
 
 
@@ -96,31 +86,6 @@ def step_batches(job: Job, step: int) -> list[tuple[dict[str, torch.Tensor], int
     return batches
 
 
-def snapshot_interval(config: SnapshotConfig) -> int:
-    """Steps between snapshots; 0: none. "auto" is every step in this version: nothing measures yet what it costs."""
-    return 1 if config.every == "auto" else config.every
-
-
-def snapshot(job: Job, step: int, *, ending: bool) -> Stall:
-    """Copy the state to the node's store, if this step is one for it. The store commits it beside the next step."""
-    every, checkpoints = snapshot_interval(job.config.snapshot), job.config.checkpoint.every
-    checkpoint = ending or (checkpoints > 0 and step % checkpoints == 0)
-    if job.store is None or not (checkpoint or (every and step % every == 0)):
-        return Stall()
-    start = time.perf_counter()
-    with ring.span("snapshot", kind="snapshot", bytes=job.snapshotter.bytes):
-        with ring.span("wait_commit", kind="snapshot", waiting=True):
-            job.store.wait_committed(COMMIT_TIMEOUT_SECONDS)
-        buffer = job.store.begin(step, checkpoint=checkpoint)
-        if buffer is not None:
-            job.snapshotter.copy_into(buffer)
-            job.store.seal(step, metadata=metadata_of(job, step), checkpoint=checkpoint)
-            job.snapshotted = step
-            if checkpoint:
-                job.writing.append(step)
-    return Stall(time.perf_counter() - start, checkpoint)
-
-
 def metadata_of(job: Job, step: int) -> dict[str, Any] | None:
     """What the generation of `step` says of itself; one rank says it for all."""
     if job.spec.rank != 0:
@@ -131,15 +96,14 @@ def metadata_of(job: Job, step: int) -> dict[str, Any] | None:
 
 def final_checkpoint(job: Job, step: int) -> str | None:
     """Wait for the checkpoint of the last step; one that a lost incarnation left unwritten is made now."""
-    if job.store is None:
+    if job.snapshots.store is None:
         return None
     folder = job.run_dir.checkpoint(step)
     if folder.exists():
         return str(folder)
-    if job.snapshotted != step:
-        snapshot(job, step, ending=True)
-    job.store.wait_committed(COMMIT_TIMEOUT_SECONDS)
-    return str(job.store.wait_checkpoint(step, CHECKPOINT_TIMEOUT_SECONDS))
+    if job.snapshots.taken != step:
+        job.snapshots.take(step, ending=True, metadata=lambda: metadata_of(job, step))
+    return job.snapshots.wait_checkpoint(step)
 
 
 def _evaluates(job: Job, step: int, ending: bool) -> bool:
@@ -217,7 +181,7 @@ def report(
     line = {
         "step": step, "loss": finite(result.loss), "grad_norm": finite(result.grad_norm), "learning_rate": result.learning_rate,
         "tokens": result.tokens, "step_seconds": seconds, "tokens_per_second": rate, "mfu": meter.mfu(rate),
-        "snapshot_stall_seconds": stall.seconds, "snapshots_skipped": job.store.skipped if job.store else 0,
+        "snapshot_stall_seconds": stall.seconds, "snapshots_skipped": job.snapshots.skipped,
         "samples_digest": samples_digest(result.leaf_digests), "incarnation": job.spec.incarnation,
         "world_size": job.spec.world_size, "time": time.time(), **result.auxiliary,
     }  # fmt: skip
@@ -229,16 +193,11 @@ def report(
 
 def follow_checkpoints(job: Job, control: Control) -> None:
     """Say what became of the checkpoints that are written beside the training: a full disk does not stop it."""
-    for step in list(job.writing):
-        assert job.store is not None
-        path, failure = job.store.checkpoint_outcome(step)
+    for step, path, failure in job.snapshots.outcomes():
         if path is not None:
             control.send("checkpointed", step=step, path=path)
-        elif failure is not None:
-            control.send("incident", incident=_incident("storage", step, f"no checkpoint of step {step}: {failure}"))
         else:
-            continue
-        job.writing.remove(step)
+            control.send("incident", incident=_incident("storage", step, f"no checkpoint of step {step}: {failure}"))
 
 
 def finite(value: float) -> float | None:

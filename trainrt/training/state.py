@@ -5,6 +5,7 @@ The plan says which bytes; this module only moves them between live tensors and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,9 @@ from trainrt.checkpoint.source import Source, fill
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Layout, LogicalTensor
 from trainrt.parallel.plan import Plan, Slot
+
+BUCKET_BYTES = 16 << 20
+"""How much is copied before the store is told: it begins to hash and code then."""
 
 
 class StateHolder(Protocol):
@@ -28,23 +32,57 @@ class StateHolder(Protocol):
 
 
 class Snapshotter:
-    """Copies the state of one rank into a slot: views of the slot are made once per buffer."""
+    """Copies the state of one rank into a slot: views of the slot are made once per buffer.
+
+    Of what replicas hold, each copies its share. Buffers of the model come first: see `copy_into`.
+    """
 
     def __init__(self, holder: StateHolder) -> None:
-        self.slots, self.bytes = holder.plan.slots(holder.rank, holder.roles())
-        self.layout = holder.plan.layout([holder.rank], holder.roles())
+        plan, roles = holder.plan, holder.roles()
+        self.slots, self.bytes = plan.slots(holder.rank, roles, shared=True)
+        self.layout = plan.layout([holder.rank], roles, shared=True)
         self._holder = holder
         self._views: dict[int, list[Tensor]] = {}
 
     @torch.no_grad()
-    def copy_into(self, buffer: np.ndarray) -> None:
-        """One memory copy of everything; rounding to the parameter's dtype happens in it."""
+    def copy_buffers(self, buffer: np.ndarray) -> None:
+        """The model's buffers, which a forward pass may change: to be copied before the next one."""
+        self._copy(buffer, [number for number, slot in enumerate(self.slots) if slot.role == "buffer"])
+
+    @torch.no_grad()
+    def copy_into(self, buffer: np.ndarray, *, copied: Callable[[int], None] = lambda _: None) -> None:
+        """One memory copy of everything; rounding to the parameter's dtype happens in it.
+
+        `copied` hears up to which byte the buffer is complete, every BUCKET_BYTES. Only the optimizer changes what
+        is copied here, so this may run beside the next forward and backward.
+        """
+        self.copy_buffers(buffer)
+        wanted: list[int] = []
+        start = 0
+        for number, slot in enumerate(self.slots):
+            if slot.base - start >= BUCKET_BYTES:
+                self._copy(buffer, wanted)
+                copied(slot.base)
+                wanted, start = [], slot.base
+            if slot.role != "buffer":
+                wanted.append(number)
+        self._copy(buffer, wanted)
+
+    def _copy(self, buffer: np.ndarray, wanted: list[int]) -> None:
         address = buffer.__array_interface__["data"][0]
         if address not in self._views:
             flat = torch.from_numpy(buffer)
             self._views[address] = [_view(flat, slot) for slot in self.slots]
-        live = [self._holder.tensor(slot.name, slot.role).detach() for slot in self.slots]
-        torch._foreach_copy_(self._views[address], live)
+        views = [self._views[address][number] for number in wanted]
+        live = [self._live(self.slots[number]) for number in wanted]
+        if views:
+            torch._foreach_copy_(views, live)
+
+    def _live(self, slot: Slot) -> Tensor:
+        tensor = self._holder.tensor(slot.name, slot.role).detach()
+        if tensor.shape == torch.Size(slot.shape):
+            return tensor
+        return tensor.narrow(0, slot.start, slot.shape[0]) if tensor.dim() else tensor.new_empty(slot.shape)
 
 
 def _view(flat: Tensor, slot: Slot) -> Tensor:
@@ -84,7 +122,8 @@ def _wanted(holder: StateHolder, source: Source) -> tuple[Layout, list[Slot]]:
         for part in by_name[slot.name].parts:
             held = _held(source, part.name, slot.role)
             dtype = held.dtype
-            fragments = by_name[slot.name].fragments(part, holder.plan.mesh, holder.rank, base)
+            parameter = by_name[slot.name]
+            fragments = parameter.fragments(part, parameter.box(holder.plan.mesh, holder.rank), holder.rank, base)
             target.add(LogicalTensor(part.name, held.role, held.dtype, part.shape), *fragments)
         landing = Slot(slot.name, slot.role, dtype or slot.dtype, base, slot.shape)
         landed.append(landing)

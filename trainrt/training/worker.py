@@ -59,7 +59,10 @@ def _run_incarnation(spec: Spec, control: Control) -> None:
         join_group(spec)
         control.send("phase", name="group", seconds=time.perf_counter() - started)
         job = Job.build(spec, report=control.send)
-        outcome = run(job, control)
+        try:
+            outcome = run(job, control)
+        finally:
+            job.snapshots.close()
         control.send("finished", **outcome)
     except PeerLost as error:
         control.send("lost", message=str(error))

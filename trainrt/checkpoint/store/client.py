@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ __all__ = ["SnapshotClient", "open_generation"]
 
 
 class SnapshotClient:
-    """One rank's snapshots. A store that is gone costs skipped snapshots (`skipped`), never the training."""
+    """One rank's snapshots. A store that is gone costs skipped snapshots (`skipped`), never the training.
+
+    May be used by two threads: one that copies, one that trains.
+    """
 
     def __init__(self, socket: str, *, run_id: str, incarnation: int, rank: int, token: str) -> None:
         self._socket, self._token, self._run_id = socket, token, run_id
@@ -28,6 +32,7 @@ class SnapshotClient:
         self._mapped: dict[str, np.ndarray] = {}
         self._sealed: int | None = None
         self.skipped = 0
+        self._lock = threading.RLock()
 
     def describe(self, layout: Layout, bytes: int) -> None:
         """What this rank's slots hold, once an incarnation. Raises StoreError if the store refuses."""
@@ -62,26 +67,28 @@ class SnapshotClient:
 
     def _ask_for_slot(self, step: int, *, checkpoint: bool) -> dict[str, Any] | None:
         """The store's answer; a connection that broke is made once more, because a new store may be there."""
-        for _ in range(2 if self._connection is not None else 1):
-            try:
-                return self._connect().request("begin", **self._head, step=step, checkpoint=checkpoint)[0]
-            except StoreError:
-                self._lost()
+        with self._lock:
+            for _ in range(2 if self._connection is not None else 1):
+                try:
+                    return self._connect().request("begin", **self._head, step=step, checkpoint=checkpoint)[0]
+                except StoreError:
+                    self._lost()
         return None
 
     def copied(self, step: int, bytes: int) -> None:
         """The slot is written up to here: the store may begin with it. Nothing is waited for."""
-        with suppress(StoreError):
+        with suppress(StoreError), self._lock:
             self._connect().send("copied", **self._head, step=step, bytes=bytes, one_way=True)
 
     def seal(self, step: int, *, metadata: dict[str, Any] | None, checkpoint: bool) -> None:
         """The slot is written: the store takes over. Returns at once."""
-        try:
-            self._connect().request("seal", **self._head, step=step, metadata=metadata, checkpoint=checkpoint)
-            self._sealed = step
-        except StoreError:
-            self._lost()
-            self.skipped += 1
+        with self._lock:
+            try:
+                self._connect().request("seal", **self._head, step=step, metadata=metadata, checkpoint=checkpoint)
+                self._sealed = step
+            except StoreError:
+                self._lost()
+                self.skipped += 1
 
     def wait_committed(self, timeout_seconds: float) -> bool:
         """Wait for the commit of the last sealed generation. False where it was given up, or there is none."""
@@ -102,11 +109,12 @@ class SnapshotClient:
 
     def checkpoint_outcome(self, step: int) -> tuple[str | None, str | None]:
         """(path, failure) of the checkpoint of `step`, both None while it is being written. Does not wait."""
-        try:
-            answer, _ = self._connect().request("checkpoint_outcome", step=step)
-        except StoreError:
-            self._lost()
-            return None, None
+        with self._lock:
+            try:
+                answer, _ = self._connect().request("checkpoint_outcome", step=step)
+            except StoreError:
+                self._lost()
+                return None, None
         return answer["path"], answer["failure"]
 
     def wait_checkpoint(self, step: int, timeout_seconds: float) -> Path:

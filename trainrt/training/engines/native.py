@@ -8,7 +8,7 @@ and every leaf's loss. Then each rank scales and updates its own shards.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +114,12 @@ class NativeEngine:
         leaves: int,
         steps: int,
         stop: bool = False,
+        before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """One optimizer step. `batches`: (batch, digest) for each round of this rank; a dummy repeats a batch.
 
-        `stop` asks all ranks to end after this step; the result says whether any did.
+        `stop` asks all ranks to end after this step; the result says whether any did. `before_update` is called when
+        gradients are there and nothing of the state is changed yet.
         """
         self.model.train()
         results = [self._leaf(step, turn, batches, leaves) for turn in range(len(batches))]
@@ -131,6 +133,7 @@ class NativeEngine:
         rate = learning_rate(self.config.optimizer, step=step, steps=steps)
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
+            before_update()
             self._update(gradients, rate, total=total, norm=norm)
         self.model.zero_grad()
         auxiliary = {
