@@ -232,6 +232,29 @@ def test_a_rotten_shard_counts_as_lost(make: Any, kind: str) -> None:
     assert got.tobytes() == cluster.contents(3, 1).tobytes() and fragment.rank == 3
 
 
+def test_scrubbing_repairs_flipped_bits_in_data_and_parity(make: Any) -> None:
+    cluster = make(3, m=1, rows=1200)
+    committed(cluster, 1)
+    for kind in ("rank-", "parity-"):
+        for slot in shared_folder(cluster.run_id, "n1").glob(f"{kind}*"):
+            with slot.open("r+b") as file:
+                for place in (5, slot.stat().st_size - 3):
+                    file.seek(place)
+                    byte = file.read(1)[0]
+                    file.seek(place)
+                    file.write(bytes([byte ^ 16]))
+    with pytest.raises(StoreError, match="checksum"):
+        cluster.digest(1)
+    repaired = cluster.admin("n1").scrub()
+    assert repaired["data"] == 2 and repaired["parity"] >= 1
+    assert cluster.digest(1) == cluster.expected(1)
+    assert cluster.admin("n1").scrub() == {"data": 0, "parity": 0}
+    cluster.kill("n0")
+    (holding,) = cluster.holdings()
+    cluster.rebuild(holding)
+    assert cluster.digest(1) == cluster.expected(1), "the repaired parity decodes"
+
+
 def test_a_rebuilt_generation_gives_way_to_the_next_committed_one(make: Any) -> None:
     cluster = make(3, m=1)
     committed(cluster, 2)

@@ -115,7 +115,7 @@ class StoreAdmin:
         )  # fmt: skip
 
     def status(self) -> dict[str, Any]:
-        """{"node", "pid", "incarnation", "generations", "checkpoints", "bytes"}."""
+        """{"node", "pid", "incarnation", "generations", "checkpoints", "bytes", "repaired"}."""
         return self._request("status")
 
     def rebuild(self, holding: Holding, node: str, *, stores: Mapping[str, str]) -> int:
@@ -128,6 +128,10 @@ class StoreAdmin:
             parity=sorted(holding.parity & set(group.nodes)), stores=dict(stores), seconds=REBUILD_SECONDS,
         )  # fmt: skip
         return int(answer["bytes"])
+
+    def scrub(self) -> dict[str, int]:
+        """Have the newest committed generation compared with its checksums. Returns the blocks repaired, data and parity."""
+        return self._request("scrub", seconds=REBUILD_SECONDS)
 
     def renew(self) -> None:
         """Put off the end of the lease."""

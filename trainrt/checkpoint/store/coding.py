@@ -134,6 +134,17 @@ class Rebuilding:
                 return self._peers.ask(holder, "facts", **self._head, of=self._node, wait=False)
         raise StoreError(f"generation {self._head['step']}: no store knows what {self._node} held")
 
+    def decode_range(self, node: NodeData, start: int, stop: int) -> np.ndarray:
+        """The bytes of a range of the node's data, decoded; its ends are multiples of the segments' alignment."""
+        size = segment_bytes(node.bytes, self._group.k)
+        pieces = []
+        while start < stop:
+            segment, offset = divmod(start, size)
+            length = min(stop - start, size - offset)
+            pieces.append(self._bucket(self._group.stripe_of(self._node, segment), segment, offset, length))
+            start += length
+        return np.concatenate(pieces)
+
     def decode_into(self, target: NodeData) -> None:
         """Fill the data. Raises StoreError where too little of a stripe can be had."""
         group = self._group

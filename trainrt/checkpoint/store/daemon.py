@@ -48,7 +48,9 @@ async def run(options: dict[str, Any]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, store.done.set)
     write_json(store.folder / "store.json", {"pid": os.getpid(), "address": f"{options['host']}:{port}"})
+    rot = asyncio.create_task(store.watch_rot())
     await store.watch_lease()
+    rot.cancel()
     unix.close()
     tcp.close()
     shutil.rmtree(store.folder, ignore_errors=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainrt.checkpoint.store.coding import Peers, Rebuilding, encode, parity_parts, until_over
-from trainrt.checkpoint.store.generation import Generation, Member, Parity
+from trainrt.checkpoint.store.generation import Generation, Member, Parity, State
 from trainrt.checkpoint.store.group import Group
 from trainrt.checkpoint.store.reading import VerifiedSlot
 from trainrt.checkpoint.store.segments import NodeData, cut
@@ -245,3 +245,72 @@ class ParityKeeper:
         for member, data in zip(members, maps, strict=True):
             if hash_blocks(data) != member.hashes:
                 raise StoreError(f"rank {member.rank}, decoded from parity, does not match its checksums")
+
+    # Scrubbing.
+
+    async def op_scrub(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Compare everything of the newest committed generation with its checksums, and decode anew what has rotted.
+
+        Raises StoreError where it cannot be repaired: what is rotten is found again before it is used.
+        """
+        generation = self._newest_committed()
+        if generation is None:
+            return {"data": 0, "parity": 0}
+        # Nothing writes into its slots while they are compared, whatever is committed meanwhile.
+        pinned, generation.pinned = generation.pinned, True
+        try:
+            return await self._store.in_thread(self._scrub, generation)
+        finally:
+            generation.pinned = pinned
+
+    def _newest_committed(self) -> Generation | None:
+        held = [g for g in self._store.generations if g.state is State.COMMITTED]
+        return max(held, key=lambda g: (g.incarnation, g.step), default=None)
+
+    def _scrub(self, generation: Generation) -> dict[str, int]:
+        """Repaired blocks, of data and of parity."""
+        group, parity = generation.group, generation.parity
+        members = self._members(generation, self._store.node)
+        node = NodeData([(member.bytes, cut(self._store.slots.map(member.slot))) for member in members])
+        repaired = {"data": 0, "parity": 0}
+        base = 0
+        for member in members:
+            for start, stop in rotten_blocks(self._store.slots.map(member.slot), member.hashes):
+                if group is None or group.m == 0:
+                    raise StoreError(f"{member.slot}: bytes {start} to {stop} have rotted, and there is no parity")
+                node.write(base + start, self._decoded(generation, group, node, base + start, base + stop))
+                repaired["data"] += 1
+            base += member.bytes
+        if parity is not None and group is not None:
+            out = self._store.slots.map(parity.slot)
+            rotten = rotten_blocks(out, parity.hashes)
+            if rotten:
+                anew = np.zeros_like(out)
+                with self._peers() as peers:
+                    encode(generation, group, parity.parts, anew, peers)
+                for start, stop in rotten:
+                    out[start:stop] = anew[start:stop]
+            repaired["parity"] = len(rotten)
+        still = [m.slot for m in members if rotten_blocks(self._store.slots.map(m.slot), m.hashes)]
+        if still:
+            raise StoreError(f"{', '.join(still)}: what was decoded does not match its checksums")
+        return repaired
+
+    def _decoded(self, generation: Generation, group: Group, node: NodeData, start: int, stop: int) -> np.ndarray:
+        others = [name for name in group.nodes if name != self._store.node]
+        with self._peers() as peers:
+            work = Rebuilding(
+                generation.step, generation.incarnation, group, self._store.node,
+                data={name: name for name in others}, parity=set(others), peers=peers,
+            )  # fmt: skip
+            return work.decode_range(node, start, stop)
+
+
+def rotten_blocks(data: np.ndarray, hashes: list[int]) -> list[tuple[int, int]]:
+    """The blocks (start, stop) that do not match their checksums."""
+    found = hash_blocks(data)
+    return [
+        (number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, data.size))
+        for number, (one, other) in enumerate(zip(found, hashes, strict=True))
+        if one != other
+    ]

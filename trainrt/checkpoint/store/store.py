@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from trainrt.errors import StoreError, TrainrtError
 
 HASH_AT_ONCE = 8 * BLOCK_BYTES
 VOTE_AGAIN_SECONDS = 0.05
+SCRUB_SECONDS = 60.0
 
 
 class Store:
@@ -54,6 +56,7 @@ class Store:
         self.changed = asyncio.Condition()
         self.threads = ThreadPoolExecutor(max_workers=6, thread_name_prefix="store", initializer=give_way)
         self.keeper = ParityKeeper(self)
+        self.repaired = 0
         self._grace = grace_seconds
         self._renewed = time.monotonic()
         self._votes = Votes()
@@ -94,7 +97,7 @@ class Store:
         return {
             "node": self.node, "pid": os.getpid(), "incarnation": self.incarnation,
             "generations": [g.summary() for g in self.generations if g.state is not State.COPYING or g.sealed_ranks()],
-            "checkpoints": sorted(self._checkpoints), "bytes": self.slots.bytes,
+            "checkpoints": sorted(self._checkpoints), "bytes": self.slots.bytes, "repaired": self.repaired,
         }  # fmt: skip
 
     async def op_renew(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -420,6 +423,18 @@ class Store:
                 self.done.set()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.done.wait(), 0.5)
+
+    async def watch_rot(self) -> None:
+        """Scrub now and then: what rots while nothing newer is committed is repaired before it is needed."""
+        while not self.done.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.done.wait(), SCRUB_SECONDS)
+            try:
+                repaired = await self.keeper.op_scrub({})
+            except (TrainrtError, OSError) as error:
+                print(f"scrubbing: {error}", file=sys.stderr, flush=True)
+            else:
+                self.repaired += sum(repaired.values())
 
 
 class Votes:
