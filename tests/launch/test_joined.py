@@ -42,39 +42,55 @@ pipeline = Pipeline(loss=loss)
 """
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two nodes of separate `ray start --block` processes, without authentication, as by hand."""
-    port = free_port()
-    scratch = tmp_path_factory.mktemp("ray")
-    common = ["--block", "--disable-usage-stats", "--dashboard-agent-listen-port", "0", "--num-cpus", "2"]
-    common += ["--object-store-memory", str(80 * 2**20), "--node-ip-address", "127.0.0.1"]
-    head = ["--head", "--port", str(port), "--include-dashboard", "false", "--ray-client-server-port", str(free_port())]
-    places = [head, ["--address", f"127.0.0.1:{port}"]]
-    short = Path(f"/tmp/joined-{os.getpid()}")
-    nodes = []
-    for index, place in enumerate(places):
-        with (scratch / f"{index}.log").open("w") as log:
-            words = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, *common, "--temp-dir", str(short)]
-            started = subprocess.Popen(
-                words,
-                env={**environment(), "RAY_AUTH_MODE": "disabled"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-            nodes.append(started)
+class RayCluster:
+    """Nodes of separate `ray start --block` processes, without authentication, as by hand."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.port, self.scratch = free_port(), scratch
+        self.short = Path(f"/tmp/joined-{os.getpid()}")
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def add(self) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        words += ["--dashboard-agent-listen-port", "0", "--num-cpus", "2", "--temp-dir", str(self.short)]
+        words += ["--object-store-memory", str(80 * 2**20), "--node-ip-address", "127.0.0.1"]
+        head = ["--head", "--port", str(self.port), "--include-dashboard", "false"]
+        head += ["--ray-client-server-port", str(free_port())]
+        words += ["--address", self.address] if self.nodes else head
+        environ = {**environment(), "RAY_AUTH_MODE": "disabled"}
+        with (self.scratch / f"{len(self.nodes)}.log").open("w") as log:
+            self.nodes.append(subprocess.Popen(words, env=environ, stdout=log, stderr=log, start_new_session=True))
         time.sleep(2)
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    yield f"127.0.0.1:{port}"
-    del os.environ["RAY_AUTH_MODE"]
-    for node in nodes:
-        below = descendants(node.pid)
-        for pid in [*below, node.pid]:
+        return self.nodes[-1]
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """SIGKILL all processes of a node, those of runs too."""
+        for pid in [*descendants(node.pid), node.pid]:
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         node.wait()
-    subprocess.run(["rm", "-rf", str(short)], check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    made = RayCluster(tmp_path_factory.mktemp("ray"))
+    made.add()
+    made.add()
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    yield made
+    del os.environ["RAY_AUTH_MODE"]
+    for node in made.nodes:
+        made.kill(node)
+    subprocess.run(["rm", "-rf", str(made.short)], check=True)
+
+
+@pytest.fixture
+def address(cluster: RayCluster) -> str:
+    return cluster.address
 
 
 @pytest.fixture
@@ -148,3 +164,29 @@ def test_a_cluster_without_room_or_without_an_answer_is_named(address: str, job:
     run = Run(tmp_path / "run", job, "--address", f"127.0.0.1:{free_port()}").launch()
     assert run.wait() == 2
     assert "cluster.address" in run.text and "Traceback" not in run.text
+
+
+def test_a_job_shrinks_when_a_node_is_lost_and_grows_when_one_comes(cluster: RayCluster, tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job.toml", run={"steps": 100000}, checkpoint={"every": 0})
+    run = Run(tmp_path / "run", job, "--address", cluster.address).launch()
+    second = cluster.nodes[1]
+    try:
+        run.until_step(5)
+        assert run.document("status")["world_size"] == 2
+        # Not the head's node: its cluster would go with it.
+        name = next(node for node, _ in run.pids("agent") if run.pids("agent")[node, None] in descendants(second.pid))
+        os.kill(run.pids("store")[name, None], signal.SIGKILL)
+        cluster.kill(second)
+        lost = run.until(lambda: [i for i in run.lines("incidents") if i["kind"] == "node_loss"], "a node is lost")[0]
+        assert (lost["action"], lost["restored_from"]) == ("shrink", "parity") and lost["steps_lost"] <= 1
+        assert run.document("status")["world_size"] == 1 and run.document("status")["protection"] == "degraded"
+        cluster.add()
+        grown = run.until(lambda: [i for i in run.lines("incidents") if i["action"] == "grow"], "it grows again")[0]
+        assert (grown["nodes"], grown["steps_lost"], grown["restored_from"]) == (["n2"], 0, "memory")
+        run.until(lambda: run.document("status")["protection"] == "full", "full protection")
+        assert run.document("status")["world_size"] == 2 and len(run.pids("worker")) == 2
+    finally:
+        run.signal(signal.SIGTERM)
+        run.end()
+    steps = [line["step"] for line in run.lines("metrics")]
+    assert steps == list(range(1, len(steps) + 1)), "each step stands once"

@@ -37,7 +37,7 @@ def test_what_is_not_in_the_table_is_a_bug() -> None:
     check(Starting(0.0), Running(1.0))
     check(Running(0.0), Running(1.0))
     with pytest.raises(AssertionError):
-        check(Running(0.0), Recovering(1.0))
+        check(Starting(0.0), Recovering(1.0))
     with pytest.raises(AssertionError):
         check(Finished("done"), Running(1.0))
 

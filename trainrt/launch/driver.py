@@ -59,6 +59,7 @@ PARK_SECONDS = 2.0
 EXPLAIN_SECONDS = 3.0
 """How long to wait for the cause (a node's death takes Ray a second) when ranks only say that peers are gone."""
 GIVE_UP_SECONDS = 30.0
+NODES_SECONDS = 2.0
 TERMINATED, CTRL_C = 75, 130
 SIGNALS = {signal.SIGTERM: StopAsked("SIGTERM", TERMINATED), signal.SIGINT: StopAsked("Ctrl-C", CTRL_C)}
 
@@ -104,6 +105,8 @@ class Driver:
         self.patience = Patience()
         self.watch = Watch(least_seconds=self.config.diagnostics.hang_seconds)
         self.stop: StopAsked | None = None
+        self.growing = False
+        self.looked_for_nodes = 0.0
         self.checkpoint: str | None = None
         self.entropy: float | None = None
         self.last_metrics: dict[str, Any] | None = None
@@ -130,6 +133,7 @@ class Driver:
                     state = self._guarded(lambda event=event, state=state: self._handle(state, event), state)
                     if isinstance(state, (Starting, Running, Recovering)):
                         state = self._guarded(lambda state=state: self._look_for_hangs(state), state)
+                    self._look_for_nodes(state)
                     if isinstance(state, Diagnosing):
                         state = self._guarded(lambda state=state: self._diagnose(state), state)
             finally:
@@ -368,11 +372,38 @@ class Driver:
         self.ledger.stepped()
         self.status.step(step)
         outcomes = set(self._running().finished.values())
-        self.ground.fleet.call_all("end_workers", at_once=False)
+        if outcomes == {"finished"} or self.stop is not None:
+            self.ground.fleet.call_all("end_workers", at_once=False)
         if outcomes == {"finished"}:
             return Finished(f"finished at step {step}")
-        assert self.stop is not None
+        if self.stop is None:
+            return self._grow()
         return Interrupted(f"{self.stop.reason}: stopped at step {step} with a checkpoint", self.stop.exit_code)
+
+    # Growing again.
+
+    def _look_for_nodes(self, state: State) -> None:
+        """Where nodes were lost and one has come (back): all ranks stop after their step, and are seated anew."""
+        at = time.monotonic()
+        if not isinstance(state, Running) or self.stop is not None or self.growing or not self._running().incomplete:
+            return
+        if at - self.looked_for_nodes > NODES_SECONDS:
+            self.looked_for_nodes = at
+            if self.ground.waiting():
+                self.growing = True
+                self.terminal.line("a node has come: all ranks stop after this step, and go on with it")
+                self.ground.fleet.call_all("stop")
+
+    def _grow(self) -> State:
+        """All ranks stopped, their state is in memory and on disk: go on with the nodes that are there now."""
+        running, at = self._running(), time.monotonic()
+        nodes = running.grow(check=self._check_start)
+        message = f"went on with {', '.join(nodes) or 'the same nodes'}"
+        self.ledger.open(Incident("node_loss", message, at, nodes=nodes, step=running.completed, action="grow"))
+        write_json(self.run_dir.plan, running.plan.to_json())
+        self.run_dir.take_journal()
+        self._order()
+        return Recovering(at)
 
     # Faults.
 
@@ -470,6 +501,7 @@ class Driver:
     def _order(self) -> None:
         """Order the next incarnation from the newest state there is."""
         running = self._running()
+        self.growing = False
         origin, steps_lost = running.order()
         self.watch.begin(running.seats, time.monotonic())
         self.ledger.restored(origin.kind, steps_lost=steps_lost)

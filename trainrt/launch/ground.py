@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,17 +112,23 @@ class Ground:
             return None
         return next((site for other in self.cluster.alive() if other.node_id == site.node_id), None)
 
+    def waiting(self) -> bool:
+        """Whether a joined cluster has a node that runs nothing of this run yet."""
+        return next(self._unused(), None) is not None
+
     def unused(self) -> Site | None:
-        """A node of a joined cluster that runs nothing of this run yet."""
-        if isinstance(self.cluster, Embedded):
+        """Such a node, with a name of its own."""
+        site = next(self._unused(), None)
+        if site is None:
             return None
-        used = {site.node_id for site in self.fleet.sites.values()}
-        for site in self.cluster.alive():
-            if site.node_id not in used:
-                name = f"n{len(self.record.names)}"
-                self.record = replace(self.record, names=[*self.record.names, name])
-                return replace(site, name=name)
-        return None
+        name = f"n{len(self.record.names)}"
+        self.record = replace(self.record, names=[*self.record.names, name])
+        return replace(site, name=name)
+
+    def _unused(self) -> Iterator[Site]:
+        if not isinstance(self.cluster, Embedded):
+            used = {site.node_id for site in self.fleet.sites.values()}
+            yield from (site for site in self.cluster.alive() if site.node_id not in used)
 
     def driver_host(self) -> str:
         """The address under which the nodes reach this process."""

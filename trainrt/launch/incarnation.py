@@ -133,6 +133,22 @@ class Incarnation:
         self._seat()
         return action
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether it runs on fewer nodes than the job asks for."""
+        return len(self._nodes) < self._config.cluster.nodes
+
+    def grow(self, *, check: Callable[[], None]) -> list[str]:
+        """Take in nodes that are there now, up to what the job asks for. Returns their names."""
+        taken = []
+        while self.incomplete and (node := self._take_spare(check=check)) is not None:
+            self._nodes.append(node)
+            taken.append(node)
+        if taken:
+            self._fit()
+            self._seat()
+        return taken
+
     def drop_spare(self, node: str) -> None:
         if node in self._spares:
             self._spares.remove(node)

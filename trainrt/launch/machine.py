@@ -129,6 +129,7 @@ TRANSITIONS = (
     Transition(Starting, Failed, "the job's input is wrong, or cluster, nodes or stores do not come up"),
     Transition(Running, Diagnosing, "a worker ended, lost its peers, reported an error or hangs; a node was lost"),
     Transition(Running, Finished, "all ranks finished"),
+    Transition(Running, Recovering, "a node returned, all ranks stopped for it, and are seated anew"),
     Transition(Running, Interrupted, "all ranks finished as asked, with a checkpoint; or asked twice"),
     Transition(Diagnosing, Recovering, "every rank is accounted for, the fault may be survived, ranks have seats"),
     Transition(Diagnosing, Failed, "the error repeats itself, tries are used up, or too few nodes are left"),

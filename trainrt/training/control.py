@@ -29,6 +29,7 @@ class Control:
             for line in lines:
                 message = json.loads(line)
                 if message["op"] == "start":
+                    self.stop_requested.clear()
                     self._starts.put(message["spec"])
                 elif message["op"] == "stop":
                     self.stop_requested.set()
