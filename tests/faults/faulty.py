@@ -123,9 +123,13 @@ class FaultyRun(Run):
 
     def settled(self, *, protection: str = "full") -> None:
         """Wait until all ranks run, steps are completed and the protection is as it should be."""
-        self.until(lambda: len(self.pids("worker")) == self.document("status")["world_size"], "all workers")
+
+        def all_alive() -> bool:
+            workers = self.pids("worker").values()
+            return len(workers) == self.document("status")["world_size"] and all(map(alive, workers))
+
         self.until(lambda: self.document("status")["protection"] == protection, f"protection {protection}")
-        assert all(alive(pid) for pid in self.pids("worker").values())
+        self.until(all_alive, "all workers")
 
     def fault(self, *, settle: str = "full") -> tuple[int, int]:
         """To be called before a fault: waits for full protection; the number of incidents and a step."""

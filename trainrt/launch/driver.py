@@ -60,6 +60,8 @@ EXPLAIN_SECONDS = 3.0
 """How long to wait for the cause (a node's death takes Ray a second) when ranks only say that peers are gone."""
 GIVE_UP_SECONDS = 30.0
 NODES_SECONDS = 2.0
+STORES_SECONDS = 5.0
+"""How long a recovery waits for stores that died with their ranks and are started again: those take in what is decoded."""
 TERMINATED, CTRL_C = 75, 130
 SIGNALS = {signal.SIGTERM: StopAsked("SIGTERM", TERMINATED), signal.SIGINT: StopAsked("Ctrl-C", CTRL_C)}
 
@@ -457,9 +459,11 @@ class Driver:
             self._judge(state)
         if state.failure is not None:
             return Failed(state.failure)
-        if state.resume_at is not None and time.monotonic() >= state.resume_at:
-            return self._resume(state)
-        return state
+        if state.resume_at is None or time.monotonic() < state.resume_at:
+            return state
+        if waited < STORES_SECONDS and self._running().stores_absent(but=symptoms.nodes):
+            return state
+        return self._resume(state)
 
     def _judge(self, state: Diagnosing) -> None:
         """Name the fault, and decide whether to try again, and when."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from trainrt.checkpoint.store.inventory import Holding
@@ -204,6 +204,10 @@ class Incarnation:
     def configure_stores(self) -> None:
         hosts = {node: site.host for node, site in self._ground.fleet.sites.items()}
         self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats, hosts=hosts)
+
+    def stores_absent(self, *, but: Collection[str]) -> bool:
+        """Whether a node with ranks, other than the lost ones, has no store."""
+        return any(self._ground.stores.of(node) is None for node in set(self.seats.values()) - set(but))
 
     @property
     def stores_retired(self) -> bool:
