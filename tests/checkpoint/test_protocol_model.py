@@ -307,7 +307,7 @@ class World:
                 return
         raise AssertionError(f"step {step} is not whole after its recovery")
 
-    def rebuild(self, holding: Holding) -> bool:
+    def rebuild(self, holding: Holding) -> None:
         for name in holding.lost:
             group = holding.group_of(name)
             data = np.concatenate([self.decode(holding, group, name, segment) for segment in range(group.k)])[:BYTES]
@@ -319,7 +319,6 @@ class World:
             target.slots.map(slot)[:] = data
             generation.members[rank] = Member(rank, slot, BYTES, "", copied=BYTES, hashes=[1], sealed=True)
             generation.rebuilt()
-        return True
 
     def decode(self, holding: Holding, group: Group, name: str, segment: int) -> np.ndarray:
         stripe, size = group.stripe_of(name, segment), segment_bytes(BYTES, group.k)

@@ -10,7 +10,7 @@ from tests.jobs import job
 from trainrt.checkpoint.store.group import Group
 from trainrt.checkpoint.store.inventory import Holding
 from trainrt.config import MeshSize
-from trainrt.errors import PlanError
+from trainrt.errors import PlanError, StoreError
 from trainrt.launch.recovery import (
     ROLLBACKS,
     TRIES_WITHOUT_PROGRESS,
@@ -40,7 +40,11 @@ def held(step: int, *there: str, parity: tuple[str, ...] = ()) -> Holding:
 
 
 def choose(*holdings: Holding, disk: tuple[int, Path] | None = None, can_rebuild: bool = True) -> Origin:
-    return choose_origin(holdings, disk, rebuild=lambda _: can_rebuild)[0]
+    def rebuild(_: Holding) -> None:
+        if not can_rebuild:
+            raise StoreError("a store is gone")
+
+    return choose_origin(holdings, disk, rebuild=rebuild)[0]
 
 
 def test_the_newest_state_is_taken_and_memory_before_disk() -> None:
@@ -57,7 +61,7 @@ def test_what_was_lost_is_decoded_where_enough_parity_is_left() -> None:
     assert (decoded.kind, decoded.step, decoded.to_json()["from"]) == ("parity", 12, "memory")
     assert choose(held(12, "a"), held(11, "a", "b")) == Origin("memory", 11), "no parity was complete: the one before"
     assert choose(held(12, "a", parity=("a",)), held(11, "a", "b"), can_rebuild=False) == Origin("memory", 11)
-    origin, missing = choose_origin([held(12, "b", parity=("a",))], None, rebuild=lambda _: True)
+    origin, missing = choose_origin([held(12, "b", parity=("a",))], None, rebuild=lambda _: None)
     assert origin.kind == "none" and "lost a of a group of 1 + 1" in missing
 
 

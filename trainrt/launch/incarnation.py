@@ -206,8 +206,9 @@ class Incarnation:
         self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats, hosts=hosts)
 
     def stores_absent(self, *, but: Collection[str]) -> bool:
-        """Whether a node with ranks, other than the lost ones, has no store."""
-        return any(self._ground.stores.of(node) is None for node in set(self.seats.values()) - set(but))
+        """Whether a node with ranks, other than the lost ones, has no store that answers."""
+        nodes = set(self.seats.values()) - set(but)
+        return self._ground.stores.answering(nodes) != nodes
 
     @property
     def stores_retired(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainrt.checkpoint.store.inventory import Holding
 from trainrt.config import JobConfig, MeshSize
-from trainrt.errors import PlanError
+from trainrt.errors import PlanError, StoreError
 from trainrt.launch.symptoms import Fault
 
 TRIES_WITHOUT_PROGRESS = 6
@@ -39,24 +39,30 @@ class Origin:
 
 
 def choose_origin(
-    holdings: Sequence[Holding], checkpoint: tuple[int, Path] | None, *, rebuild: Callable[[Holding], bool]
+    holdings: Sequence[Holding], checkpoint: tuple[int, Path] | None, *, rebuild: Callable[[Holding], None]
 ) -> tuple[Origin, str]:
     """The newest state there is: in memory as it stands, in memory once `rebuild` has decoded what was lost, on disk.
 
-    Memory comes before disk where both hold a step. `holdings` are the newest first. The text says what was in the way.
+    Memory comes before disk where both hold a step. `holdings` are the newest first. The text says what was in the way
+    of each, which `rebuild` does by a StoreError.
     """
-    missing = "no store holds a generation"
-    for number, holding in enumerate(holdings):
+    missing = []
+    for holding in holdings:
         if checkpoint is not None and holding.step < checkpoint[0]:
             break
         if not holding.lost:
             return Origin("memory", holding.step), ""
-        if holding.recoverable and rebuild(holding):
+        if not holding.recoverable:
+            missing.append(holding.missing())
+            continue
+        try:
+            rebuild(holding)
             return Origin("parity", holding.step), ""
-        missing = holding.missing() if number == 0 else missing
+        except StoreError as error:
+            missing.append(str(error))
     if checkpoint is not None:
         return Origin("disk", *checkpoint), ""
-    return Origin("none", 0), missing
+    return Origin("none", 0), "; ".join(missing) or "no store holds a generation"
 
 
 def last_compared(config: JobConfig, *, completed: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -101,11 +101,11 @@ class Stores:
             del self._retired[node]
         return take_inventory(self._believed(answer) for answer in answers.values())
 
-    def rebuild(self, holding: Holding, *, seats: dict[int, str]) -> bool:
-        """Decode what a generation lost, into stores of nodes with ranks. False where too little of it is left."""
-        targets = sorted(set(seats.values()) & set(self._active))
+    def rebuild(self, holding: Holding, *, seats: dict[int, str]) -> None:
+        """Decode what a generation lost, into stores of nodes with ranks. Raises StoreError where that is not possible."""
+        targets = sorted(self.answering(set(seats.values())))
         if not targets:
-            return False
+            raise StoreError("no node with ranks has a store")
         work = {}
         for number, node in enumerate(holding.lost):
             # Where its ranks sit now, which is its successor's node if there is one; else dealt out.
@@ -115,10 +115,13 @@ class Stores:
             self._pool.submit(self._admin(target).rebuild, holding, node, stores=self.addresses())
             for node, target in work.items()
         ]
-        try:
-            return all(future.result() for future in futures)
-        except (StoreError, OSError):
-            return False
+        for future in futures:
+            future.result()
+
+    def answering(self, nodes: Collection[str]) -> set[str]:
+        """Those of the nodes whose store is there and answers: of a store that died a moment ago nobody may have heard."""
+        addresses = {node: store["address"] for node, store in self._active.items() if node in nodes}
+        return set(self._ask(addresses, lambda admin: admin.renew()))
 
     def _admin(self, node: str) -> StoreAdmin:
         return StoreAdmin(self._active[node]["address"], self._secret)
