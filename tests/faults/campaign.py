@@ -117,6 +117,7 @@ def main() -> None:
         finally:
             run.end()
         step = run.document("status")["step"]
+        print(f"an undisturbed run to step {step}, to compare with", flush=True)
         other = undisturbed(Path(folder), nodes=NODES, m=PARITY, steps=step)
         assert run.losses() == other.losses(), "the losses differ from those of an undisturbed run"
         assert run.final() == other.final(), "the final state differs from that of an undisturbed run"

@@ -150,7 +150,7 @@ def undisturbed(folder: Path, *, nodes: int, m: int, steps: int) -> FaultyRun:
     """The same job on the same mesh, with nothing killed, to the same step."""
     run = FaultyRun(folder, nodes=nodes, spares=0, m=m, steps=steps)
     run.launch()
-    assert run.wait() == 0, run.text
+    assert run.wait(seconds=1200) == 0, run.text
     assert run.lines("incidents") == []
     return run
 
