@@ -120,11 +120,12 @@ class RunDir:
     def take_journal(self) -> int:
         """Append the metrics lines that were journalled but never arrived, and clear the journal.
 
+        Of a step that was journalled twice (before its snapshot and after), the later line counts.
         Only while no worker runs. Returns the newest step of all metrics lines.
         """
         arrived = {(line["step"], line["incarnation"]) for line in read_lines(self.metrics)}
-        for line in read_lines(self.metrics_journal):
-            key = (line["step"], line["incarnation"])
+        journalled = {(line["step"], line["incarnation"]): line for line in read_lines(self.metrics_journal)}
+        for key, line in journalled.items():
             if key not in arrived:
                 arrived.add(key)
                 append_line(self.metrics, line)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from trainrt import Pipeline
+from trainrt.training import loop
 from trainrt.training.engines.native import NativeEngine
 from trainrt.training.objectives import cross_entropy_sum
 from trainrt.training.state import Snapshotter
@@ -73,6 +74,7 @@ def torn_copy(self, buffer, *arguments, **named):
 
 copy_into = Snapshotter.copy_into
 Snapshotter.copy_into = torn_copy
+at_start(loop, "report", "report")
 at_start(NativeEngine, "_update", "optimizer")
 half_way(NativeEngine, "_gather", "collective", 0.001)
 

@@ -29,6 +29,12 @@ def test_a_worker_dies_at_a_chosen_place(run: FaultyRun, place: str) -> None:
     expect(incident, kind="worker_exit", ranks=[2], action="restart", restored_from="memory")
 
 
+def test_the_rank_that_reports_dies_after_its_snapshot_and_before_its_report(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    run.order("report", 0)
+    expect(run.incident(seen), kind="worker_exit", ranks=[0], action="restart", restored_from="memory")
+
+
 def test_workers_die_at_different_steps(run: FaultyRun) -> None:
     seen, _ = run.fault()
     run.order("copy", 1)

@@ -32,7 +32,7 @@ def run(job: Job, control: Control) -> dict[str, Any]:
     while step < job.spec.steps:
         step += 1
         try:
-            result, stall, seconds = train_step(job, step, stop=control.stop_requested.is_set())
+            result, stall, seconds = train_step(job, meter, step, stop=control.stop_requested.is_set())
         except Exception as error:
             error.step = step  # type: ignore[attr-defined]
             raise
@@ -55,8 +55,11 @@ def run(job: Job, control: Control) -> dict[str, Any]:
     return {"outcome": outcome, "step": step, "checkpoint": path}
 
 
-def train_step(job: Job, step: int, *, stop: bool) -> tuple[StepResult, Stall, float]:
-    """One optimizer step and its snapshot. Returns the result, the snapshot's stall and the step's seconds."""
+def train_step(job: Job, meter: Meter, step: int, *, stop: bool) -> tuple[StepResult, Stall, float]:
+    """One optimizer step and its snapshot. Returns the result, the snapshot's stall and the step's seconds.
+
+    The step's metrics are journalled before its snapshot, which may be all that is left of this process a moment later.
+    """
     start = time.perf_counter()
     with ring.span("step", kind="step"):
         with ring.span("data", kind="data"):
@@ -67,6 +70,9 @@ def train_step(job: Job, step: int, *, stop: bool) -> tuple[StepResult, Stall, f
         )
         ending = result.stop or step == job.spec.steps
         job.integrity.check(step, result, ending=ending)
+        if job.spec.rank == 0 and job.snapshots.due(step, ending=ending)[0]:
+            line = metrics_line(job, meter, step, result=result, stall=Stall(), seconds=time.perf_counter() - start)
+            append_line(job.run_dir.metrics_journal, line)
         stall = job.snapshots.take(step, ending=ending, metadata=lambda: metadata_of(job, step))
     return result, stall, time.perf_counter() - start
 
@@ -176,19 +182,26 @@ def report(
     if not result.updated:
         left_out = f"loss = {result.loss}, grad_norm = {result.grad_norm}: the update of step {step} was left out"
         control.send("incident", incident=_incident("non_finite", step, left_out))
-    rate = result.tokens / seconds
     follow_checkpoints(job, control)
-    line = {
+    line = metrics_line(job, meter, step, result=result, stall=stall, seconds=seconds)
+    if validation is not None:
+        line["validation_loss"] = validation
+    append_line(job.run_dir.metrics_journal, line)
+    control.send("metrics", line=line)
+
+
+def metrics_line(
+    job: Job, meter: Meter, step: int, *, result: StepResult, stall: Stall, seconds: float
+) -> dict[str, Any]:  # fmt: skip
+    """The line of metrics.jsonl."""
+    rate = result.tokens / seconds
+    return {
         "step": step, "loss": finite(result.loss), "grad_norm": finite(result.grad_norm), "learning_rate": result.learning_rate,
         "tokens": result.tokens, "step_seconds": seconds, "tokens_per_second": rate, "mfu": meter.mfu(rate),
         "snapshot_stall_seconds": stall.seconds, "snapshots_skipped": job.snapshots.skipped,
         "samples_digest": samples_digest(result.leaf_digests), "incarnation": job.spec.incarnation,
         "world_size": job.spec.world_size, "time": time.time(), **result.auxiliary,
     }  # fmt: skip
-    if validation is not None:
-        line["validation_loss"] = validation
-    append_line(job.run_dir.metrics_journal, line)
-    control.send("metrics", line=line)
 
 
 def follow_checkpoints(job: Job, control: Control) -> None:
