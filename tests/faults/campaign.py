@@ -86,7 +86,7 @@ class Campaign:
             self.incidents[kind] += found
 
     def table(self) -> str:
-        rows = ["| fault | times | restored from | most steps done again | seconds to the next step (median, most) |",
+        rows = ["| fault | incidents | restored from | most steps done again | seconds to the next step (median, most) |",
                 "|---|---|---|---|---|"]  # fmt: skip
         for kind, found in sorted(self.incidents.items()):
             seconds = [incident["recovered_seconds"] for incident in found if incident["recovered_seconds"] is not None]
