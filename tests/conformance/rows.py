@@ -24,6 +24,7 @@ class Row:
 
 RECOMPUTE = {"model": {"dtype": "float64", "activation_checkpointing": True}}
 FP64 = {"model": {"dtype": "float64"}}
+DETERMINISTIC = {"run": {"deterministic": True}, **FP64}
 ROWS = [
     Row("fsdp 4", {"fsdp": 4}, {"tp": 2, "fsdp": 2}, sections=FP64),
     Row("fsdp 3 (uneven)", {"fsdp": 3}, {"fsdp": 4}, sections=FP64),
@@ -37,6 +38,8 @@ ROWS = [
     Row("bf16 fsdp 2", {"fsdp": 2}, {"tp": 2}, sections={"model": {"dtype": "bfloat16"}}, tolerance=2e-2),
     Row("bf16 fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2}, sections={"model": {"dtype": "bfloat16"}}, tolerance=2e-2),
     Row("activation checkpointing, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2}, sections=RECOMPUTE),
+    Row("deterministic, dp 2 x fsdp 2", {"dp": 2, "fsdp": 2}, {"fsdp": 3}, sections=DETERMINISTIC),
+    Row("deterministic, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2, "ep": 2}, sections=DETERMINISTIC),
     Row("llama fsdp 4", {"fsdp": 4}, {"tp": 2}, kind="huggingface", sections=FP64),
     Row("llama tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"fsdp": 3}, kind="huggingface", sections=FP64),
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 Losses are sums over tokens and are divided by the global token count once, after the reduction; so
 gradients are summed everywhere, which is right for any mix of dp, fsdp and ep without a factor.
-Replicas (dp) are reduced after the scatter, on the shard.
+Replicas (dp) are reduced after the scatter, on the shard. With a `Turn` the sums have one order on
+every mesh (tree.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trainrt.events import ring
 from trainrt.parallel.collectives import all_reduce
 from trainrt.parallel.mesh import Groups
 from trainrt.parallel.moe.experts import Experts
+from trainrt.parallel.tree import TreeReduction, Turn
 
 
 class _Allocate:
@@ -58,10 +60,13 @@ class RecordedReduceScatter(_Allocate, ReduceScatter):
             return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
-def apply_fsdp(model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *, compute: torch.dtype) -> None:
+def apply_fsdp(
+    model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *, compute: torch.dtype, turn: Turn | None
+) -> None:
     """Shard the experts over efsdp (where they are spread over ep), then each block and the rest over fsdp.
 
-    Parameters stay in their dtype (the masters, where `compute` is lower); gradients are reduced in it.
+    Parameters stay in their dtype (the masters, where `compute` is lower); gradients are reduced in it, in the
+    order of the leaves where a `turn` says which of them runs.
     """
     stored = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=compute if compute != stored else None, reduce_dtype=stored)
@@ -72,20 +77,29 @@ def apply_fsdp(model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *
                     module, mesh=groups.experts["efsdp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
                 )
                 # Every rank of efsdp * ep took part in the exchange: no replicas are left to reduce over.
-                _configure(module, axis="efsdp", replicas=None)
+                _configure(module, axis="efsdp", replicas=None, turn=turn, span=groups.size.ep)
     for block in blocks or ():
         fully_shard(block, mesh=groups.fsdp, mp_policy=policy)
-        _configure(block, axis="fsdp", replicas=groups.dp)
+        _configure(block, axis="fsdp", replicas=groups.dp, turn=turn)
     fully_shard(model, mesh=groups.fsdp, mp_policy=policy)
-    _configure(model, axis="fsdp", replicas=groups.dp)
+    _configure(model, axis="fsdp", replicas=groups.dp, turn=turn)
 
 
-def _configure(module: nn.Module, *, axis: str, replicas: dist.ProcessGroup | None) -> None:
+def _configure(
+    module: nn.Module, *, axis: str, replicas: dist.ProcessGroup | None, turn: Turn | None, span: int = 1
+) -> None:
     assert isinstance(module, FSDPModule)
     module.set_custom_all_gather(RecordedAllGather(axis))
-    module.set_custom_reduce_scatter(RecordedReduceScatter(axis))
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+    if turn is not None:
+        reduction = TreeReduction(axis, turn, replicas=replicas, span=span)
+        module.set_custom_reduce_scatter(reduction)
+        module.set_all_reduce_hook(reduction.reduce)
+        # A parameter that one leaf does not use must not change what the others' buffers hold where.
+        module.set_reduce_scatter_unused_params(True, recurse=False)
+        return
+    module.set_custom_reduce_scatter(RecordedReduceScatter(axis))
     if replicas is not None:
         module.set_all_reduce_hook(lambda gradient: _sum_over(gradient, replicas))
 

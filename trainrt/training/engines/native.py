@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.fsdp import FSDPModule
@@ -24,16 +26,21 @@ from trainrt.events import ring
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
 from trainrt.parallel.mesh import Groups, coordinates
+from trainrt.parallel.norm import ExactNorm, PlainNorm, SquaredNorm
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.rules import find_blocks, find_splits
 from trainrt.parallel.tensor import apply_expert_parallel, apply_tensor_parallel
+from trainrt.parallel.tree import Turn
 from trainrt.training.models.build import compute_dtype
 from trainrt.training.objectives import Loss, LossFunction, evaluate_loss
 from trainrt.training.optimizer import STATE_ROLES, learning_rate, make_optimizer
 
 
-def parallelize(model: nn.Module, groups: Groups, *, config: JobConfig) -> nn.Module:
-    """Tensor parallel -> expert parallel -> activation checkpointing -> FSDP, in that order."""
+def parallelize(model: nn.Module, groups: Groups, *, config: JobConfig, turn: Turn | None) -> nn.Module:
+    """Tensor parallel -> expert parallel -> activation checkpointing -> FSDP, in that order.
+
+    With a `turn`, sums over leaves have one order on every mesh of the same tp and ep.
+    """
     blocks = find_blocks(model)
     splits = find_splits(model, groups.size)
     if groups.size.tp > 1:
@@ -43,7 +50,7 @@ def parallelize(model: nn.Module, groups: Groups, *, config: JobConfig) -> nn.Mo
     if config.model.activation_checkpointing:
         for block in blocks or ():
             checkpoint(block)
-    apply_fsdp(model, blocks, groups, compute=compute_dtype(config))
+    apply_fsdp(model, blocks, groups, compute=compute_dtype(config), turn=turn)
     return model
 
 
@@ -79,7 +86,10 @@ class NativeEngine:
     ) -> None:
         self.plan, self.groups, self.config, self.rank = plan, groups, config, rank
         self.loss = loss
-        self.model = parallelize(model, groups, config=config)
+        deterministic = config.run.deterministic
+        self._turn = Turn() if deterministic else None
+        self._norm: SquaredNorm = ExactNorm() if deterministic else PlainNorm()
+        self.model = parallelize(model, groups, config=config, turn=self._turn)
         self.where = coordinates(plan.mesh, rank)
         self.data_rank = self.where["dp"] * plan.mesh.fsdp + self.where["fsdp"]
         self.sharded = dict(self.model.named_parameters())
@@ -147,7 +157,7 @@ class NativeEngine:
     def _leaf(self, step: int, turn: int, batches: Sequence[tuple[Mapping[str, Any], int]], leaves: int) -> LeafResult:
         leaf = self.leaf_of(turn, leaves)
         batch, digest = batches[turn]
-        self._synchronize(turn == len(batches) - 1)
+        self._synchronize(turn, rounds=len(batches), leaves=leaves)
         # Dropout and the like depend on the leaf, not on who computes it (DESIGN section 6).
         torch.manual_seed(hash((self.config.run.seed, step, leaf if leaf is not None else -1)) & 0x7FFFFFFF)
         with ring.span("forward", kind="forward"):
@@ -157,9 +167,16 @@ class NativeEngine:
             (total if leaf is not None else total * 0.0).backward()
         return _numbers(loss, digest) if leaf is not None else LeafResult(0.0, 0.0, _numbers(loss, 0).auxiliary, 0)
 
-    def _synchronize(self, last: bool) -> None:
-        """Reduce gradients in the last round only; before, they accumulate where they are."""
+    def _synchronize(self, turn: int, *, rounds: int, leaves: int) -> None:
+        """Reduce gradients in the last round only; before, they accumulate where they are.
+
+        Under `run.deterministic` no two leaves are added before all are there: every round reduces.
+        """
         assert isinstance(self.model, FSDPModule)
+        last = turn == rounds - 1
+        if self._turn is not None:
+            self._turn.index, self._turn.rounds, self._turn.leaves = turn, rounds, leaves
+            last = True
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
 
@@ -186,32 +203,32 @@ class NativeEngine:
     def _gather(
         self, results: list[LeafResult], names: list[str], gradients: dict[str, Tensor], stop: bool
     ) -> _Gathered:
-        """The step's one gather of numbers: (ranks, 2 + rounds * columns) of float64."""
+        """The step's one gather of numbers: (ranks, columns) of float64."""
         # Each element counts once: a replica's gradient is left to the first rank that holds it.
         counted = [g for name, g in gradients.items() if self._primary[name] and g.numel()]
-        norms = torch._foreach_norm(counted, 2, dtype=torch.float64) if counted else ()
-        squared = sum((norm.cpu().square() for norm in norms), start=torch.zeros((), dtype=torch.float64))
-        rows = [float(squared), float(stop)]
+        rows = [*self._norm.part(counted), float(stop)]
         for result in results:
             rows += [result.loss, result.weight, float(result.digest >> 32), float(result.digest & 0xFFFFFFFF)]
             rows += [result.auxiliary[name] for name in names]
         mine = torch.tensor(rows, dtype=torch.float64, device=self.groups.device)
         with ring.span("gather_statistics", kind="other"):
             table = all_gather(mine, dist.distributed_c10d._get_default_group()).cpu()
-        return _Gathered(table, names, self.plan)
+        return _Gathered(table.numpy(), names, self.plan, self._norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Mapping[str, Any], bool]]) -> float:
         """Mean loss over the validation batches of all ranks; `bool` is False for a dummy."""
         self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        sums = torch.zeros((len(batches), 2), dtype=torch.float64, device=self.groups.device)
         with ring.span("evaluation", kind="evaluation"):
-            for batch, counts in batches:
+            for row, (batch, counts) in zip(sums, batches, strict=True):
                 loss = evaluate_loss(self.loss, self.model, batch)
                 if counts and self.where["tp"] == 0:
-                    sums += torch.stack((loss.sum.double(), loss.weight.double()))
-            total = all_gather(sums, dist.distributed_c10d._get_default_group()).sum(0)
-        return float(total[0] / total[1])
+                    row += torch.stack((loss.sum.double(), loss.weight.double()))
+            table = all_gather(sums, dist.distributed_c10d._get_default_group()).cpu()
+        # Round after round, and in each one rank after the other: the order of the batches on any mesh.
+        total, weight = (sum(column.T.flatten().tolist()) for column in table.unbind(-1))
+        return total / weight
 
     # The state, as named local tensors: what snapshots pack and restores fill.
 
@@ -244,26 +261,26 @@ class NativeEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Gathered:
-    """The gathered numbers, read by leaf: round `l // n` of data rank `l % n`, from its tp rank 0."""
+    """The gathered numbers: the norm's, whether to stop, then by leaf: round `l // n` of data rank `l % n`, its tp rank 0."""
 
-    table: Tensor
+    table: NDArray[np.float64]
     names: list[str]
     plan: Plan
+    norm: SquaredNorm
 
     @property
     def norm_squared(self) -> float:
-        # One rank after the other, so that the sum has one order.
-        return sum(self.table[:, 0].tolist())
+        return self.norm.total(self.table[:, : self.norm.width])
 
     @property
     def stop(self) -> bool:
-        return bool(self.table[:, 1].any())
+        return bool(self.table[:, self.norm.width].any())
 
     def _entry(self, leaf: int, column: int) -> float:
         mesh = self.plan.mesh
         turn, data_rank = divmod(leaf, mesh.data_ranks)
         width = 4 + len(self.names)
-        return float(self.table[data_rank * mesh.tp, 2 + turn * width + column])
+        return float(self.table[data_rank * mesh.tp, self.norm.width + 1 + turn * width + column])
 
     def column(self, name: str, leaves: int) -> list[float]:
         index = {"loss": 0, "weight": 1}.get(name)
