@@ -19,7 +19,7 @@ SAME = [
     ("moe_lm", {}, {"fsdp": 2}), ("moe_lm", {}, {"fsdp": 5}), ("moe_lm", {}, {"dp": 2, "fsdp": 2}),
     ("moe_lm", {"tp": 2}, {"tp": 2, "fsdp": 2}),
     ("moe_lm", {"fsdp": 2, "ep": 2}, {"fsdp": 4, "ep": 2}), ("moe_lm", {"fsdp": 2, "ep": 2}, {"dp": 2, "fsdp": 2, "ep": 2}),
-    ("huggingface", {}, {"fsdp": 3}), ("huggingface", {"tp": 2}, {"tp": 2, "fsdp": 2}),
+    ("huggingface", {}, {"fsdp": 3}),
 ]  # fmt: skip
 
 
