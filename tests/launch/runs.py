@@ -104,6 +104,11 @@ class Run:
         processes = self.document("cluster")["processes"]
         return {(entry["node"], entry["rank"]): entry["pid"] for entry in processes if entry["role"] == role}
 
+    @property
+    def port(self) -> str:
+        """The port of the Ray head."""
+        return json.loads((self.directory / ".cluster" / "record.json").read_text())["address"].rpartition(":")[2]
+
     def kill(self, role: str, node: str, rank: int | None = None) -> None:
         os.kill(self.pids(role)[node, rank], signal.SIGKILL)
 

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.launch.cluster import RayCluster
 from tests.launch.runs import Run, alive, environment, write_job
 from trainrt.checkpoint.inspect import inspect
 from trainrt.launch.cluster import free_port
@@ -44,62 +44,10 @@ pipeline = Pipeline(loss=loss)
 """
 
 
-HEALTH_CHECKS = {
-    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3",
-}  # fmt: skip
-"""As docs/cluster.md advises."""
-
-
-class RayCluster:
-    """Nodes of separate `ray start --block` processes, without authentication, as by hand."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.port, self.scratch = free_port(), scratch
-        self.short = Path(f"/tmp/joined-{os.getpid()}")
-        self.nodes: list[subprocess.Popen[bytes]] = []
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def add(self) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        words += ["--dashboard-agent-listen-port", "0", "--num-cpus", "2", "--temp-dir", str(self.short)]
-        words += ["--object-store-memory", str(80 * 2**20), "--node-ip-address", "127.0.0.1"]
-        head = ["--head", "--port", str(self.port), "--include-dashboard", "false"]
-        head += ["--ray-client-server-port", str(free_port())]
-        words += ["--address", self.address] if self.nodes else head
-        environ = {**environment(), "RAY_AUTH_MODE": "disabled", **HEALTH_CHECKS}
-        path = self.scratch / f"{len(self.nodes)}.log"
-        with path.open("w") as log:
-            self.nodes.append(subprocess.Popen(words, env=environ, stdout=log, stderr=log, start_new_session=True))
-        # One after the other: nodes of one machine that start together may take each other's sockets.
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in path.read_text():
-            assert time.monotonic() < deadline and self.nodes[-1].poll() is None, path.read_text()
-            time.sleep(0.1)
-        return self.nodes[-1]
-
-    def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """SIGKILL all processes of a node, those of runs too."""
-        for pid in [*descendants(node.pid), node.pid]:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
-        node.wait()
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    made = RayCluster(tmp_path_factory.mktemp("ray"))
-    made.add()
-    made.add()
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    yield made
-    del os.environ["RAY_AUTH_MODE"]
-    for node in made.nodes:
-        made.kill(node)
-    subprocess.run(["rm", "-rf", str(made.short)], check=True)
+    with RayCluster(tmp_path_factory.mktemp("ray")).running(nodes=2) as made:
+        yield made
 
 
 @pytest.fixture

@@ -130,10 +130,7 @@ class Embedded:
 
     def adoptable(self) -> bool:
         """Whether the guards and the head of an earlier driver are still there."""
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
-            return bool(self.raylets())
-        return False
+        return answers(self.address) and bool(self.raylets())
 
     def close(self) -> None:
         """End every node and wait until nothing of them is left."""
@@ -214,12 +211,12 @@ class Joined:
         self.address = ray.get_runtime_context().gcs_address
 
     def sites(self, *, check: Callable[[], None]) -> list[Site]:
-        """As many nodes with room as the job wants; waits a while for those that are still joining."""
+        """As many nodes with room as the job wants, without names yet; waits a while for those that are still joining."""
         deadline = time.monotonic() + JOIN_SECONDS
         while True:
             found = self.alive()
             if len(found) >= self._count:
-                return [Site(f"n{index}", site.node_id, site.host) for index, site in enumerate(found[: self._count])]
+                return found[: self._count]
             if time.monotonic() > deadline:
                 needs = " and ".join(f"{n} {key}" for key, n in self._needs.items() if n)
                 raise ConfigError(
@@ -244,8 +241,21 @@ class Joined:
         """Not this run's processes."""
         return {}
 
+    def adoptable(self) -> bool:
+        """Whether the head of an earlier driver is still there."""
+        return answers(self.address)
+
     def close(self) -> None:
         disconnect()
+
+
+def answers(address: str) -> bool:
+    """Whether somebody listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    with suppress(OSError):
+        socket.create_connection((host, int(port)), timeout=2).close()
+        return True
+    return False
 
 
 def init(address: str, runtime_env: dict[str, Any] | None) -> None:

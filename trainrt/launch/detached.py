@@ -1,4 +1,5 @@
-"""`--detach`: the driver as a daemon, and a command that returns once the run is under way."""
+"""The driver from a request on standard input: `--detach` (a daemon, and a command that returns once the run is under way),
+and the successor of a driver that lost its Ray head."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def run_detached(request: Request) -> int:
 
 
 def main() -> int:
-    """In the daemon: read the request from standard input and be the driver."""
+    """Read the request from standard input and be the driver."""
     from trainrt.errors import TrainrtError
     from trainrt.launch.driver import run
 

@@ -8,8 +8,10 @@ sits where, what is completed), `Ledger` (incidents), `Status` and `Processes` (
 from __future__ import annotations
 
 import dataclasses
+import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from trainrt.errors import ConfigError, PlanError, TrainrtError, UserError
 from trainrt.launch.dashboard import Dashboard
 from trainrt.launch.ground import Code, Ground
 from trainrt.launch.hangs import Ask, Verdict, Watch
+from trainrt.launch.head import HeadWatch, succeed
 from trainrt.launch.incarnation import Incarnation, Planner
 from trainrt.launch.incidents import Incident, Ledger
 from trainrt.launch.logs import LogMonitor
@@ -114,6 +117,7 @@ class Driver:
         self.last_metrics: dict[str, Any] | None = None
         self.dashboard: Dashboard | None = None
         self.logs: LogMonitor | None = None
+        self.head: HeadWatch | None = None
         self.now_running: Incarnation | None = None
         folder = Folder(self.run_dir)
         folder.create()
@@ -173,6 +177,7 @@ class Driver:
         self.planner.begin()
         try:
             self.ground.connect(check=self._check_start)
+            self.head = HeadWatch(self.ground.cluster.address, lost=self._on_head_lost)
             # Ray puts a handler of its own on SIGTERM.
             self._listen()
             names = self.ground.come_up(adopt=adopted, check=self._check_start, phase=self._phase)
@@ -186,7 +191,13 @@ class Driver:
         self.terminal.plan(f"run {self.config.run.name} in {self.run_dir}", self._plan_rows(preflight.plan))
         self.terminal.begin_progress(step=self.status.fields["step"], steps=self.config.run.steps)
         self.logs = LogMonitor(self.run_dir.logs, write=self.terminal.line, node_of=self._node_of)
-        if self.previous is not None and self.previous.state in ("starting", "running", "diagnosing", "recovering"):
+        unfinished = self.previous is not None and self.previous.state in (
+            "starting",
+            "running",
+            "diagnosing",
+            "recovering",
+        )
+        if self.previous is not None and unfinished and not self.request.handed_over:
             self._driver_loss(self.previous, adopted=adopted)
         self.now_running = Incarnation(
             self.ground, self.config, self.planner, names=names, number=self.status.fields["incarnation"],
@@ -208,6 +219,29 @@ class Driver:
         age = max(0.0, now() - previous.time)
         step = self.status.fields["step"]
         self.ledger.open(Incident("driver_loss", message, self.began, step=step, detected_seconds=age))
+
+    def _on_head_lost(self, silent_seconds: float) -> None:
+        """Called from the watch's thread, while this one may be stuck in Ray: hand over, or end with the state in memory."""
+        address, at = self.ground.cluster.address, time.monotonic()
+        message = f"the Ray head at {address} is lost"
+        step = self.status.fields["step"]
+        self.ledger.open(Incident("node_loss", message, at, step=step, detected_seconds=silent_seconds))
+        if self.dashboard is not None:
+            self.dashboard.close()
+        self.terminal.end_progress()
+        if self.request.own_process and self.ground.record.embedded:
+            self.terminal.line(f"node_loss: {message}; a new cluster is started, and the stores keep step {step}")
+            self.status.set(state="recovering", message=message)
+            succeed(self.request)
+        grace = self.config.cluster.driver_grace_seconds
+        message += (
+            f"; the stores keep step {step} for {grace:.0f} s: within them, {self.request.command} goes on from memory, on a "
+            "cluster of the same hosts; later, from the newest checkpoint"
+        )
+        self.status.set(state="failed", message=message)
+        print(f"trainrt: {message}", file=sys.stderr, flush=True)
+        # Ray would end this process too, later and without a word.
+        os._exit(TrainrtError.exit_code)
 
     def _check_start(self) -> None:
         """While the run comes up: hear the signals, and errors of the plan as soon as they are known."""
@@ -561,6 +595,8 @@ class Driver:
 
     def _close(self, state: State) -> None:
         """End everything of this run, then say so in the files."""
+        if self.head is not None:
+            self.head.close()
         self.status.set(message="ending")
         self.ledger.end()
         if self.dashboard is not None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,13 @@ class Ground:
             alive = {site.name: site for site in self.cluster.alive() if site.name}
             found = self.fleet.adopt(self.record.names, alive)
             self._setup(found, check=check)
+        if adopt and self.fleet.nodes:
             absent = set(self.record.names) - set(self.fleet.nodes)
             missing = [site for name, site in alive.items() if name in absent]
-            phase("cluster")
         else:
-            missing = self.cluster.sites(check=check)
-            phase("cluster")
+            # A cluster that was started anew at its old address knows no agents either.
+            missing = named(self.cluster.sites(check=check), self.record.names, stores=self.stores.addresses())
+        phase("cluster")
         self.add(missing, check=check)
         phase("agents")
         return [name for name in self.record.names if name in self.fleet.nodes]
@@ -169,7 +170,7 @@ class Ground:
             return self.cluster.adoptable()
         cpus = self._config.cluster.workers_per_node
         self.cluster = Joined(record.address, cpus=cpus, gpus=self._gpus(), count=self.count)
-        return True
+        return self.cluster.adoptable()
 
     def _embedded(self, record: Record) -> Embedded:
         port = int(record.address.rpartition(":")[2])
@@ -200,6 +201,18 @@ class Ground:
         if self._gpus():
             resources["GPU"] = float(self._gpus())
         return resources
+
+
+def named(sites: list[Site], names: list[str], *, stores: Mapping[str, str]) -> list[Site]:
+    """The sites with names. One whose host has a store of an earlier cluster gets that store's name, and so takes it over."""
+    free, result = list(names), []
+    homes = {name: address.rpartition(":")[0] for name, address in stores.items() if name in names}
+    for site in sorted(sites, key=lambda site: site.host not in homes.values()):
+        here = [name for name in free if name == site.name or (not site.name and homes.get(name) == site.host)]
+        name = (here or [name for name in free if name not in homes] or free)[0]
+        free.remove(name)
+        result.append(replace(site, name=name))
+    return sorted(result, key=lambda site: names.index(site.name))
 
 
 def chosen_device(config: JobConfig) -> str:

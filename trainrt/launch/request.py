@@ -35,7 +35,10 @@ NOT_CODE = ["**/.git", "**/__pycache__", "**/.venv", "**/venv", "**/node_modules
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A launch. `module_directory` holds the user's module (None: installed, or none); `command` repeats it."""
+    """A launch. `module_directory` holds the user's module (None: installed, or none); `command` repeats it.
+
+    own_process: it is all that this process is for. handed_over: an earlier driver gave it up with an open incident.
+    """
 
     config: JobConfig
     run_dir: RunDir
@@ -44,6 +47,8 @@ class Request:
     command: str
     entry: str = WORKER_ENTRY
     preload: tuple[str, ...] = ()
+    own_process: bool = False
+    handed_over: bool = False
 
     def runtime_env(self) -> dict[str, Any] | None:
         """How the user's module travels to the nodes."""
@@ -87,8 +92,9 @@ def prepare(
     elif config.run.pipeline:
         module_directory = find_module(config.run.pipeline)
     preload = (*LAZY_IMPORTS, "transformers") if config.model.kind == "huggingface" else LAZY_IMPORTS
-    command = shlex.join(["trainrt", *sys.argv[1:]]) if sys.argv[1:2] == ["launch"] else "the same launch"
-    return Request(config, directory, module_directory, force, command, preload=preload)
+    typed = sys.argv[1:2] == ["launch"]
+    command = shlex.join(["trainrt", *sys.argv[1:]]) if typed else "the same launch"
+    return Request(config, directory, module_directory, force, command, preload=preload, own_process=typed)
 
 
 def _with(config: JobConfig, **sections: dict[str, Any]) -> JobConfig:
@@ -171,11 +177,11 @@ def write_config(request: Request) -> None:
 
 
 def to_document(request: Request) -> str:
-    """A request as text, for a daemon to run."""
+    """A request as text, for a process of its own to run."""
     document = {
         "config": to_toml(request.config), "run_dir": str(request.run_dir), "path": sys.path,
         "module_directory": request.module_directory, "force": request.force, "command": request.command,
-        "entry": request.entry, "preload": request.preload,
+        "entry": request.entry, "preload": request.preload, "own_process": True, "handed_over": request.handed_over,
     }  # fmt: skip
     return json.dumps(document)
 

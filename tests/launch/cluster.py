@@ -1,0 +1,74 @@
+"""A Ray cluster as somebody else runs it: separate `ray start --block` processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.launch.runs import alive, environment
+from trainrt.launch.cluster import free_port
+from trainrt.launch.guard import descendants
+
+HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "3",
+}  # fmt: skip
+"""As docs/cluster.md advises."""
+
+
+class RayCluster:
+    """Nodes of separate `ray start --block` processes, without authentication, as by hand."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.port, self.scratch = free_port(), scratch
+        self.short = Path(f"/tmp/joined-{os.getpid()}-{self.port}")
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def add(self) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        words += ["--dashboard-agent-listen-port", "0", "--num-cpus", "2", "--temp-dir", str(self.short)]
+        words += ["--object-store-memory", str(80 * 2**20), "--node-ip-address", "127.0.0.1"]
+        head = ["--head", "--port", str(self.port), "--include-dashboard", "false"]
+        head += ["--ray-client-server-port", str(free_port())]
+        words += ["--address", self.address] if self.nodes else head
+        environ = {**environment(), "RAY_AUTH_MODE": "disabled", **HEALTH_CHECKS}
+        path = self.scratch / f"{len(self.nodes)}.log"
+        with path.open("w") as log:
+            self.nodes.append(subprocess.Popen(words, env=environ, stdout=log, stderr=log, start_new_session=True))
+        # One after the other: nodes of one machine that start together may take each other's sockets.
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in path.read_text():
+            assert time.monotonic() < deadline and self.nodes[-1].poll() is None, path.read_text()
+            time.sleep(0.1)
+        return self.nodes[-1]
+
+    def kill(self, node: subprocess.Popen[bytes], *, but: Collection[int] = ()) -> None:
+        """SIGKILL all processes of a node, those of runs too."""
+        for pid in [*descendants(node.pid), node.pid]:
+            if alive(pid) and pid not in but:
+                os.kill(pid, signal.SIGKILL)
+        node.wait()
+
+    @contextmanager
+    def running(self, *, nodes: int) -> Iterator[RayCluster]:
+        """The cluster with so many nodes, and its end."""
+        for _ in range(nodes):
+            self.add()
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        try:
+            yield self
+        finally:
+            del os.environ["RAY_AUTH_MODE"]
+            for node in self.nodes:
+                self.kill(node)
+            subprocess.run(["rm", "-rf", str(self.short)], check=True)
