@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -114,12 +114,15 @@ class EngineConfig(Section):
 
 
 class ClusterConfig(Section):
+    """`node_mtbf_hours`: mean time between failures of one node; "auto": what is usual, or what is seen where that is less."""
+
     address: str = "local"
     nodes: int = Field(2, ge=1)
     workers_per_node: int = Field(2, ge=1)
     spare_nodes: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     driver_grace_seconds: float = Field(600, ge=0)
+    node_mtbf_hours: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
 
 
 class SnapshotConfig(Section):

@@ -13,7 +13,7 @@ from tests.launches import finish, kill, launched, wait_step, write_job
 from trainrt.checkpoint.inspect import inspect
 from trainrt.run_dir import RunDir
 
-SHORT = ("tp 2 x fsdp 2", "bf16 fsdp x ep 2")
+SHORT = ("bf16 fsdp x ep 2",)
 STEPS = 40
 
 

@@ -105,9 +105,16 @@ def test_a_signal_ends_with_a_checkpoint_and_the_same_command_goes_on(
     assert verify(run_dir.checkpoint(status["step"]))["ok"]
     wait_for(lambda: not any(alive(pid) for pid in seen), "end of every process of the run", timeout=20)
     if number == signal.SIGTERM:
-        returned, output = run(path, run_dir)
+        chosen = {"snapshot": {"every": "auto", "parity_shards": "auto"}, "cluster": {"node_mtbf_hours": 0.01}}
+        returned, output = run(write_job(tmp_path, small(tmp_path, steps=100, **chosen)), run_dir)
         assert returned == 0, output
-        assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 101))
+        lines = run_dir.read_metrics()
+        assert [line["step"] for line in lines] == list(range(1, 101))
+        again = [line["snapshot_every"] for line in lines if line["incarnation"] == 2]
+        assert again[0] == 1 and 0 in again and again[-1] >= 1, (
+            "steps with a snapshot, steps without, and what was chosen"
+        )
+        assert "effective time" in output and 0 < run_dir.read_status()["effective_time"] <= 1
 
 
 def test_a_directory_in_use_is_refused_and_status_and_stop_work(tmp_path: Path) -> None:
@@ -187,19 +194,27 @@ def test_a_port_in_use_is_left_for_the_next_free_one(tmp_path: Path) -> None:
         assert refused.returncode == 2 and f"--port {port}" in refused.stderr
 
 
-def test_the_store_may_die_and_training_goes_on(tmp_path: Path) -> None:
-    run_dir = RunDir(tmp_path / "run")
-    with launched(write_job(tmp_path, small(tmp_path, steps=150)), run_dir.path) as process:
+@pytest.fixture(scope="module")
+def without_a_store(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose store was killed on the way: no rank was disturbed."""
+    folder = tmp_path_factory.mktemp("store")
+    run_dir = RunDir(folder / "run")
+    with launched(write_job(folder, small(folder, steps=150)), run_dir.path) as process:
         wait_step(run_dir, 10)
         kill(run_dir, "store", node="n1")
         output = finish(process)
     assert process.returncode == 0, output
+    return run_dir
+
+
+def test_the_store_may_die_and_training_goes_on(without_a_store: RunDir) -> None:
+    run_dir = without_a_store
     assert [incident["kind"] for incident in run_dir.read_incidents()] == ["store_loss"]
     assert verify(run_dir.checkpoint(150))["ok"]
     assert {line["incarnation"] for line in run_dir.read_metrics()} <= {1, 2}
 
 
-def test_a_killed_driver_is_replaced_by_the_same_command(tmp_path: Path) -> None:
+def test_a_killed_driver_is_replaced_by_the_same_command(tmp_path: Path, without_a_store: RunDir) -> None:
     run_dir = RunDir(tmp_path / "run")
     path = write_job(tmp_path, small(tmp_path, steps=150))
     with launched(path, run_dir.path) as process:
@@ -216,10 +231,8 @@ def test_a_killed_driver_is_replaced_by_the_same_command(tmp_path: Path) -> None
     assert (incident["kind"], incident["restored_from"]) == ("driver_loss", "memory")
     assert incident["steps_lost"] <= 1
     assert done < 150
-    undisturbed = RunDir(tmp_path / "undisturbed")
-    assert run(path, undisturbed)[0] == 0
     same = ("step", "loss", "grad_norm", "samples_digest")
-    ours, theirs = run_dir.read_metrics(), undisturbed.read_metrics()
+    ours, theirs = run_dir.read_metrics(), without_a_store.read_metrics()
     assert [[line[key] for key in same] for line in ours] == [[line[key] for key in same] for line in theirs]
     wait_for(lambda: not any(alive(pid) for pid in stores), "end of the stores", timeout=20)
 

@@ -91,6 +91,8 @@ class Agent:
 
         Workers of an earlier driver are ended. Returns what the driver must know of this node.
         """
+        from trainrt.checkpoint.store.slots import memory_bytes
+
         self._last_poll = time.monotonic()
         await self.end_workers(at_once=True)
         self._events.clear()
@@ -108,6 +110,7 @@ class Agent:
             "python": sys.version.split()[0],
             "sequence": self._sequence,
             "store": self._store_record(),
+            "memory_bytes": memory_bytes(self._orders.run_id),
         }
 
     async def poll(self, after: int) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from trainrt.launch.protection import Protection
 from trainrt.launch.publish import Processes, Status, append_metrics
 from trainrt.launch.record import Folder
 from trainrt.launch.recovery import Patience, last_compared
+from trainrt.launch.reliability import Reliability
 from trainrt.launch.request import Previous, Request, look_back, write_config
 from trainrt.launch.stacks import Stack, render
 from trainrt.launch.symptoms import Error, Exit, Fault, Symptoms
@@ -121,7 +122,8 @@ class Driver:
         self.now_running: Incarnation | None = None
         folder = Folder(self.run_dir)
         folder.create()
-        self.ledger = Ledger(self.run_dir, folder.open_incidents, tell=terminal.incident)
+        self.reliability = Reliability(self.run_dir, self.config)
+        self.ledger = Ledger(self.run_dir, folder.open_incidents, tell=self._tell)
         self.protection = Protection(self.config, self.ledger)
         code = Code(request.entry, request.preload, request.runtime_env())
         self.ground = Ground(self.run_dir, self.config, code, run_id=self.run_id, put=self.events.put)
@@ -201,7 +203,7 @@ class Driver:
             self._driver_loss(self.previous, adopted=adopted)
         self.now_running = Incarnation(
             self.ground, self.config, self.planner, names=names, number=self.status.fields["incarnation"],
-            run_id=self.run_id, completed=self.status.fields["step"],
+            run_id=self.run_id, completed=self.status.fields["step"], reliability=self.reliability,
         )  # fmt: skip
         self._order()
         return Starting(self.began)
@@ -402,7 +404,14 @@ class Driver:
     def _on_metrics(self, line: dict[str, Any]) -> None:
         append_metrics(self.run_dir, line)
         self.last_metrics = line
+        self.reliability.line(line)
+        self.status.fields["effective_time"] = self.reliability.effective_time()
         self.terminal.metrics(line, steps=self.config.run.steps)
+
+    def _tell(self, incident: dict[str, Any]) -> None:
+        """An incident is over."""
+        self.reliability.seen(incident)
+        self.terminal.incident(incident)
 
     def _all_finished(self, step: int) -> State:
         self.ledger.stepped()
@@ -626,6 +635,11 @@ class Driver:
             loss = f"{self.last_metrics['loss']:.4f}"
             known = "" if self.entropy is None else f" (unigram entropy {self.entropy:.4f})"
             rows.append(("loss", f"{loss}{known}"))
+        if (effective := self.reliability.effective_time()) is not None:
+            expected = self._running().plan.recovery["effective_time"]
+            rows.append(
+                ("effective time", f"{effective:.1%} of the launch since its first step ({expected:.1%} expected)")
+            )
         if self.checkpoint is not None:
             rows.append(("checkpoint", self.checkpoint))
         rows.append(("metrics", str(self.run_dir.metrics)))

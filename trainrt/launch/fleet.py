@@ -32,6 +32,7 @@ class Fleet:
         self._groups: dict[str, Any] = {}
         self.sites: dict[str, Site] = {}
         self.hosts: dict[str, str] = {}
+        self.memory_bytes: dict[str, int] = {}
         self.processes: dict[str, list[dict[str, Any]]] = {}
         self._heard: dict[str, float] = {}
         self._over = threading.Event()
@@ -111,6 +112,7 @@ class Fleet:
                     "it must be on storage that all nodes share, under the same path"
                 )
             self.hosts[node] = answer["host"]
+            self.memory_bytes[node] = answer["memory_bytes"]
             sequence = answer["sequence"]
             threading.Thread(target=self._poll, args=(node, sequence), name=f"poll-{node}", daemon=True).start()
         return answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from trainrt.config import JobConfig, MeshSize
 from trainrt.errors import PlanError, TrainrtError
 from trainrt.launch.ground import Ground, newest_checkpoint
 from trainrt.launch.recovery import Origin, Progress, choose_origin, largest_world, seat_ranks
+from trainrt.launch.reliability import Reliability
 
 if TYPE_CHECKING:
     from trainrt.parallel.plan import Plan
@@ -64,9 +66,10 @@ class Incarnation:
 
     def __init__(
         self, ground: Ground, config: JobConfig, planner: Planner, *,
-        names: list[str], number: int, run_id: str, completed: int,
+        names: list[str], number: int, run_id: str, completed: int, reliability: Reliability,
     ) -> None:  # fmt: skip
         self._ground, self._config, self._planner, self._run_id = ground, config, planner, run_id
+        self._reliability = reliability
         self.number = number
         self._nodes = names[: config.cluster.nodes]
         self._spares = names[config.cluster.nodes :]
@@ -202,13 +205,27 @@ class Incarnation:
             self.configure_stores()
 
     def configure_stores(self) -> None:
+        """Tell the stores who belongs, and how much parity protects whom."""
         hosts = {node: site.host for node, site in self._ground.fleet.sites.items()}
+        if self._config.snapshot.parity_shards == "auto":
+            seated = {node: hosts.get(node, node) for node in set(self.seats.values())}
+            on_host, known = Counter(seated.values()), self._ground.fleet.memory_bytes
+            memory = [known[node] // on_host[host] for node, host in seated.items() if node in known]
+            self._ground.stores.parity_shards = self._reliability.parity_shards(
+                seated, node_bytes=self.plan.estimate["state_bytes"] * self._config.cluster.workers_per_node,
+                memory_bytes=min(memory, default=0),
+            )  # fmt: skip
         self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats, hosts=hosts)
 
     def stores_absent(self, *, but: Collection[str]) -> bool:
         """Whether a node with ranks, other than the lost ones, has no store that answers."""
         nodes = set(self.seats.values()) - set(but)
         return self._ground.stores.answering(nodes) != nodes
+
+    @property
+    def parity_shards(self) -> int:
+        """As the job asks, or as was chosen for it."""
+        return self._ground.stores.parity_shards
 
     @property
     def stores_retired(self) -> bool:
@@ -236,6 +253,7 @@ class Incarnation:
             "rendezvous": self._rendezvous_address(), "mesh": mesh_json(self.plan.mesh),
             "store": ground.stores.of(node), "stores": ground.stores.addresses(), "restore": self.origin.to_json(),
             "device": ground.device, "steps": self._config.run.steps,
+            "mtbf_seconds": self._reliability.node_mtbf_seconds() / len(set(self.seats.values())),
         }  # fmt: skip
 
     def _rendezvous_address(self) -> str:

@@ -24,8 +24,6 @@ class Protection:
 
     def __init__(self, config: JobConfig, ledger: Ledger) -> None:
         self._snapshots = config.snapshot.every != 0
-        asked = config.snapshot.parity_shards
-        self._asked = 1 if asked == "auto" else asked
         self._ledger = ledger
         self._committed = False
         self._parity = False
@@ -68,6 +66,6 @@ class Protection:
         if found is None:
             return
         self._committed, self._parity = True, found.protected
-        self._full = found.protected and all(group.m >= self._asked for group in found.groups)
+        self._full = found.protected and all(group.m >= running.parity_shards for group in found.groups)
         running.forget_retired()
         self._ledger.protected()

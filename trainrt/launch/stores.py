@@ -50,6 +50,8 @@ class Stores:
         self._retired: dict[str, str] = {}
         self._distrusted = (0, 0)
         self._configuration = 0
+        asked = config.snapshot.parity_shards
+        self.parity_shards = 1 if asked == "auto" else asked
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stores")
 
     def add(self, node: str, store: dict[str, str]) -> None:
@@ -149,7 +151,7 @@ class Stores:
         return choose_groups(
             hosts,
             data_shards=None if asked.data_shards == "auto" else asked.data_shards,
-            parity_shards=1 if asked.parity_shards == "auto" else asked.parity_shards,
+            parity_shards=self.parity_shards,
         )
 
     def forget_retired(self) -> None:

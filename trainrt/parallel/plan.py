@@ -136,7 +136,10 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A mesh and the placement of every parameter, with what was estimated and what was passed over."""
+    """A mesh and the placement of every parameter, with what was estimated and what was passed over.
+
+    recovery: what is expected of snapshots under failures (checkpoint/policy.py).
+    """
 
     mesh: MeshSize
     parameters: tuple[ParameterPlan, ...]
@@ -145,6 +148,7 @@ class Plan:
     predicted_step_seconds: float = 0.0
     estimate: dict[str, float] = field(default_factory=dict)
     alternatives: tuple[dict[str, Any], ...] = ()
+    recovery: dict[str, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ParameterPlan:
         return next(parameter for parameter in self.parameters if parameter.name == name)
@@ -202,6 +206,7 @@ class Plan:
             "predicted_step_seconds": self.predicted_step_seconds,
             "estimate": self.estimate,
             "alternatives": list(self.alternatives),
+            "recovery": self.recovery,
         }
 
     def sha256(self) -> str:
@@ -219,6 +224,8 @@ class Plan:
             ("memory per rank", f"{self.memory_bytes_per_rank / 2**20:.0f} MiB, estimated"),
             ("step", f"{self.predicted_step_seconds:.3f} s, predicted"),
         ]
+        if self.recovery:
+            rows.append(("effective time", self._effective_time()))
         considered = [a for a in self.alternatives if not a["rejected"]]
         if considered:
             rows.append(
@@ -228,6 +235,13 @@ class Plan:
                 )
             )
         return rows
+
+    def _effective_time(self) -> str:
+        every, hours = self.recovery["every"], self.recovery["node_mtbf_seconds"] / 3600
+        often = {0: "without snapshots", 1: "with a snapshot every step"}.get(
+            int(every), f"with a snapshot every {every} steps"
+        )
+        return f"{self.recovery['effective_time']:.2%} expected, {often}, if a node fails every {hours:,.3g} h"
 
 
 def roles_of(parameter: ParameterPlan, roles: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:

@@ -49,6 +49,7 @@ class Spec:
     restore: dict[str, Any]
     device: str
     steps: int
+    mtbf_seconds: float
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Spec:
@@ -101,8 +102,9 @@ class Job:
         constants = constant_metadata(spec.run_id, config, pipeline=pipeline, plan=plan)
         return cls(
             spec=spec, constants=constants, config=config, run_dir=run_dir, pipeline=pipeline, plan=plan, engine=engine,
-            train=train, validation=validation, corpus_digest=digest, snapshots=Snapshots(config, snapshotter, store),
-            events=events, done=done, integrity=Integrity(config, engine, run_dir, done=done),
+            train=train, validation=validation, corpus_digest=digest, events=events,
+            snapshots=Snapshots(config, snapshotter, store, mtbf_seconds=spec.mtbf_seconds), done=done,
+            integrity=Integrity(config, engine, run_dir, done=done),
         )  # fmt: skip
 
     @property

@@ -66,15 +66,19 @@ def train_step(job: Job, meter: Meter, step: int, *, stop: bool) -> tuple[StepRe
             batches = step_batches(job, step)
         leaves = job.config.data.global_batch // job.config.data.microbatch
         result = job.engine.step(
-            step, batches, leaves=leaves, steps=job.spec.steps, stop=stop, before_update=job.snapshots.before_update
-        )
+            step, batches, leaves=leaves, steps=job.spec.steps, stop=stop, measured=meter.last,
+            before_update=job.snapshots.before_update,
+        )  # fmt: skip
+        job.snapshots.interval.begin(step, step_seconds=result.slowest[0], stall_seconds=result.slowest[1])
         ending = result.stop or step == job.spec.steps
         job.integrity.check(step, result, ending=ending)
         if job.spec.rank == 0 and job.snapshots.due(step, ending=ending)[0]:
             line = metrics_line(job, meter, step, result=result, stall=Stall(), seconds=time.perf_counter() - start)
             append_line(job.run_dir.metrics_journal, line)
         stall = job.snapshots.take(step, ending=ending, metadata=lambda: metadata_of(job, step))
-    return result, stall, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    meter.last = (seconds, stall.seconds)
+    return result, stall, seconds
 
 
 def step_batches(job: Job, step: int) -> list[tuple[dict[str, torch.Tensor], int]]:
@@ -144,9 +148,10 @@ def evaluate(job: Job) -> float:
 
 
 class Meter:
-    """Model operations and the peak they are held against, for MFU."""
+    """Model operations and the peak they are held against, for MFU. `last`: seconds and stall of the last step."""
 
     def __init__(self, job: Job) -> None:
+        self.last = (0.0, 0.0)
         work = work_of(job.config, job.engine.model)
         active = sum(_elements(p.shape) for p in job.plan.parameters if not p.buffer) * work.active_fraction
         self.flops = flops_per_token(
@@ -199,6 +204,7 @@ def metrics_line(
         "step": step, "loss": finite(result.loss), "grad_norm": finite(result.grad_norm), "learning_rate": result.learning_rate,
         "tokens": result.tokens, "step_seconds": seconds, "tokens_per_second": rate, "mfu": meter.mfu(rate),
         "snapshot_stall_seconds": stall.seconds, "snapshots_skipped": job.snapshots.skipped,
+        "snapshot_every": job.snapshots.interval.every,
         "samples_digest": samples_digest(result.leaf_digests), "incarnation": job.spec.incarnation,
         "world_size": job.spec.world_size, "time": time.time(), **result.auxiliary,
     }  # fmt: skip

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from trainrt.checkpoint.policy import NODE_MTBF_SECONDS, Forecast, best_every, effective_time
 from trainrt.config import DataConfig, JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
@@ -24,6 +26,11 @@ from trainrt.training.data import Corpus, open_corpus
 from trainrt.training.models.build import build_meta, stored_dtype, weight_files
 from trainrt.training.models.packing import packed_parts
 from trainrt.training.pipeline import Pipeline, load_pipeline
+
+SNAPSHOT_SECONDS = 2e-3
+COPY_BYTES_PER_SECOND = 1e10
+RECOVERY_SECONDS = 5.0
+"""Before a run has measured its own: a snapshot's stall and copy, and a failure until the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +77,34 @@ def make_plan(
     work = work_of(config, model)
     size = mesh or config.mesh()
     if size is None:
-        return choose(lambda candidate: derive(model, candidate, parts=parts), world_size, work, profile)
-    if size.world_size != world_size:
-        size = shrink(size, world_size)
-    return assess(derive(model, size, parts=parts), work, profile)
+        plan = choose(lambda candidate: derive(model, candidate, parts=parts), world_size, work, profile)
+    else:
+        if size.world_size != world_size:
+            size = shrink(size, world_size)
+        plan = assess(derive(model, size, parts=parts), work, profile)
+    return replace(plan, recovery=forecast(config, plan).to_json())
+
+
+def forecast(config: JobConfig, plan: Plan) -> Forecast:
+    """What snapshots and failures are expected to cost, before either is measured."""
+    nodes = math.ceil(plan.mesh.world_size / config.cluster.workers_per_node)
+    mtbf = node_mtbf_seconds(config) / nodes
+    step = plan.predicted_step_seconds
+    snapshot = SNAPSHOT_SECONDS + plan.estimate["state_bytes"] / COPY_BYTES_PER_SECOND
+    every = config.snapshot.every
+    if every == "auto":
+        every = best_every(step_seconds=step, snapshot_seconds=snapshot, mtbf_seconds=mtbf)
+    effective = effective_time(
+        step_seconds=step, snapshot_seconds=snapshot, every=every or config.checkpoint.every or config.run.steps,
+        recovery_seconds=RECOVERY_SECONDS, mtbf_seconds=mtbf,
+    )  # fmt: skip
+    return Forecast(every, step, snapshot, RECOVERY_SECONDS, mtbf * nodes, effective)
+
+
+def node_mtbf_seconds(config: JobConfig) -> float:
+    """The mean time between failures of a node, as given or as is usual."""
+    given = config.cluster.node_mtbf_hours
+    return NODE_MTBF_SECONDS if given == "auto" else given * 3600
 
 
 def shrink(size: MeshSize, world_size: int) -> MeshSize:

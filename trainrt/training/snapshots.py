@@ -16,17 +16,13 @@ from typing import Any
 import numpy as np
 
 from trainrt.checkpoint.store.client import SnapshotClient
-from trainrt.config import JobConfig, SnapshotConfig
+from trainrt.config import JobConfig
 from trainrt.events import ring
+from trainrt.training.interval import Interval
 from trainrt.training.state import Snapshotter
 
 COMMIT_TIMEOUT_SECONDS = 60.0
 CHECKPOINT_TIMEOUT_SECONDS = 3600.0
-
-
-def snapshot_interval(config: SnapshotConfig) -> int:
-    """Steps between snapshots; 0: none. "auto" is every step in this version: nothing measures yet what it costs."""
-    return 1 if config.every == "auto" else config.every
 
 
 @dataclass(slots=True)
@@ -40,9 +36,12 @@ class Stall:
 class Snapshots:
     """One rank's snapshots and checkpoints. `store` None: there are none."""
 
-    def __init__(self, config: JobConfig, snapshotter: Snapshotter, store: SnapshotClient | None) -> None:
+    def __init__(
+        self, config: JobConfig, snapshotter: Snapshotter, store: SnapshotClient | None, *, mtbf_seconds: float
+    ) -> None:
         self._snapshotter, self.store = snapshotter, store
-        self._every, self._checkpoints = snapshot_interval(config.snapshot), config.checkpoint.every
+        self.interval = Interval(config.snapshot.every, mtbf_seconds=mtbf_seconds)
+        self._checkpoints = config.checkpoint.every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._copying: Future[None] | None = None
         self._waited = 0.0
@@ -56,7 +55,7 @@ class Snapshots:
     def due(self, step: int, *, ending: bool) -> tuple[bool, bool]:
         """Whether the state of a step is kept in memory, and whether it becomes a checkpoint."""
         checkpoint = ending or (self._checkpoints > 0 and step % self._checkpoints == 0)
-        kept = checkpoint or (self._every > 0 and step % self._every == 0)
+        kept = checkpoint or self.interval.now
         return self.store is not None and kept, self.store is not None and checkpoint
 
     def take(self, step: int, *, ending: bool, metadata: Callable[[], dict[str, Any] | None]) -> Stall:

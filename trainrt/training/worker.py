@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,8 +128,3 @@ def _step_of(error: BaseException) -> int | None:
 
 def _last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def standalone(spec: dict[str, Any], connection: socket.socket) -> None:
-    """Run one incarnation in this process and return; for tests of the job without a launcher."""
-    _run_incarnation(Spec.from_message(spec), Control(connection))

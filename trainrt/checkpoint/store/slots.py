@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -20,6 +21,12 @@ BLOCK_BYTES = 1 << 20
 def shared_folder(run_id: str, node: str) -> Path:
     """Where a store's socket and slots lie: found by run id."""
     return Path(f"/dev/shm/trainrt-{run_id}") / node
+
+
+def memory_bytes(run_id: str) -> int:
+    """Shared memory of this host that the run's stores can have: what is free, and what they have already."""
+    held = sum(path.stat().st_blocks * 512 for path in Path(f"/dev/shm/trainrt-{run_id}").rglob("*") if path.is_file())
+    return shutil.disk_usage("/dev/shm").free + held
 
 
 def create_slot(path: Path, size: int) -> bool:

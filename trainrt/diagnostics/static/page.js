@@ -41,6 +41,7 @@ function showState(run) {
   const last = metrics.at(-1);
   const rows = last ? [["loss", last.loss.toFixed(4)], ["step", seconds(last.step_seconds)], ["tokens/s", Math.round(last.tokens_per_second).toLocaleString("en")],
     ["MFU", `${(last.mfu * 100).toFixed(1)} %`], ["snapshot stall", seconds(last.snapshot_stall_seconds)], ["restarts", String(last.incarnation - 1)], ["last step", ago(last.time)]] : [];
+  if (status.effective_time != null) rows.push(["effective time", `${(status.effective_time * 100).toFixed(1)} %`]);
   if (status.unigram_entropy) rows.splice(1, 0, ["unigram entropy", status.unigram_entropy.toFixed(4)]);
   pairs($("numbers"), rows);
 }

@@ -56,7 +56,10 @@ def parallelize(model: nn.Module, groups: Groups, *, config: JobConfig, turn: Tu
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step came to, equal on all ranks. Losses are means over the global batch's weight."""
+    """What one optimizer step came to, equal on all ranks. Losses are means over the global batch's weight.
+
+    slowest: of each number that the ranks brought, the largest.
+    """
 
     loss: float
     grad_norm: float
@@ -66,6 +69,7 @@ class StepResult:
     leaf_digests: list[int]
     updated: bool
     stop: bool
+    slowest: list[float]
 
 
 @dataclass(slots=True)
@@ -124,18 +128,20 @@ class NativeEngine:
         leaves: int,
         steps: int,
         stop: bool = False,
+        measured: Sequence[float] = (),
         before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """One optimizer step. `batches`: (batch, digest) for each round of this rank; a dummy repeats a batch.
 
-        `stop` asks all ranks to end after this step; the result says whether any did. `before_update` is called when
-        gradients are there and nothing of the state is changed yet.
+        `stop` asks all ranks to end after this step; the result says whether any did. `measured` are numbers of this rank
+        of which all ranks learn the largest. `before_update` is called when gradients are there and nothing of the state is
+        changed yet.
         """
         self.model.train()
         results = [self._leaf(step, turn, batches, leaves) for turn in range(len(batches))]
         gradients = self._gradients()
         names = sorted(results[0].auxiliary)
-        numbers = self._gather(results, names, gradients, stop)
+        numbers = self._gather(results, names, gradients, [float(stop), *measured])
         losses, weights = numbers.column("loss", leaves), numbers.column("weight", leaves)
         total = sum(weights)
         norm = math.sqrt(numbers.norm_squared) / total if total else math.nan
@@ -151,7 +157,7 @@ class NativeEngine:
         } if finite else {}  # fmt: skip
         return StepResult(
             loss=loss, grad_norm=norm, learning_rate=rate, tokens=round(total), auxiliary=auxiliary,
-            leaf_digests=numbers.digests(leaves), updated=finite, stop=numbers.stop,
+            leaf_digests=numbers.digests(leaves), updated=finite, stop=numbers.largest[0] > 0, slowest=numbers.largest[1:],
         )  # fmt: skip
 
     def _leaf(self, step: int, turn: int, batches: Sequence[tuple[Mapping[str, Any], int]], leaves: int) -> LeafResult:
@@ -201,19 +207,19 @@ class NativeEngine:
             self.optimizer.zero_grad()
 
     def _gather(
-        self, results: list[LeafResult], names: list[str], gradients: dict[str, Tensor], stop: bool
+        self, results: list[LeafResult], names: list[str], gradients: dict[str, Tensor], measured: list[float]
     ) -> _Gathered:
         """The step's one gather of numbers: (ranks, columns) of float64."""
         # Each element counts once: a replica's gradient is left to the first rank that holds it.
         counted = [g for name, g in gradients.items() if self._primary[name] and g.numel()]
-        rows = [*self._norm.part(counted), float(stop)]
+        rows = [*self._norm.part(counted), *measured]
         for result in results:
             rows += [result.loss, result.weight, float(result.digest >> 32), float(result.digest & 0xFFFFFFFF)]
             rows += [result.auxiliary[name] for name in names]
         mine = torch.tensor(rows, dtype=torch.float64, device=self.groups.device)
         with ring.span("gather_statistics", kind="other"):
             table = all_gather(mine, dist.distributed_c10d._get_default_group()).cpu()
-        return _Gathered(table.numpy(), names, self.plan, self._norm)
+        return _Gathered(table.numpy(), names, self.plan, self._norm, len(measured))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[tuple[Mapping[str, Any], bool]]) -> float:
@@ -261,26 +267,28 @@ class NativeEngine:
 
 @dataclass(frozen=True, slots=True)
 class _Gathered:
-    """The gathered numbers: the norm's, whether to stop, then by leaf: round `l // n` of data rank `l % n`, its tp rank 0."""
+    """The gathered numbers: the norm's, those of the rank, then by leaf: round `l // n` of data rank `l % n`, its tp rank 0."""
 
     table: NDArray[np.float64]
     names: list[str]
     plan: Plan
     norm: SquaredNorm
+    measured: int
 
     @property
     def norm_squared(self) -> float:
         return self.norm.total(self.table[:, : self.norm.width])
 
     @property
-    def stop(self) -> bool:
-        return bool(self.table[:, self.norm.width].any())
+    def largest(self) -> list[float]:
+        """Of each number of the ranks."""
+        return self.table[:, self.norm.width : self.norm.width + self.measured].max(0).tolist()
 
     def _entry(self, leaf: int, column: int) -> float:
         mesh = self.plan.mesh
         turn, data_rank = divmod(leaf, mesh.data_ranks)
         width = 4 + len(self.names)
-        return float(self.table[data_rank * mesh.tp, self.norm.width + 1 + turn * width + column])
+        return float(self.table[data_rank * mesh.tp, self.norm.width + self.measured + turn * width + column])
 
     def column(self, name: str, leaves: int) -> list[float]:
         index = {"loss": 0, "weight": 1}.get(name)
