@@ -24,7 +24,7 @@ def kill_head(port: int) -> None:
 
 
 def test_an_embedded_cluster_is_started_anew_and_no_step_is_lost(tmp_path: Path) -> None:
-    job = write_job(tmp_path / "job.toml", run={"steps": 400}, checkpoint={"every": 0})
+    job = write_job(tmp_path / "job.toml", run={"steps": 150}, checkpoint={"every": 0})
     run = Run(tmp_path / "run", job).launch()
     assert run.process is not None
     try:
@@ -37,7 +37,7 @@ def test_an_embedded_cluster_is_started_anew_and_no_step_is_lost(tmp_path: Path)
         assert run.wait() == 0, run.text
     finally:
         run.end()
-    assert [line["step"] for line in run.lines("metrics")] == list(range(1, 401))
+    assert [line["step"] for line in run.lines("metrics")] == list(range(1, 151))
     assert len(run.lines("incidents")) == 1, "one fault, one incident"
     assert run.leftovers() == []
 

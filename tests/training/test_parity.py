@@ -1,4 +1,4 @@
-"""Every mesh gives the losses, gradient norms and parameters of one process."""
+"""Meshes give the losses and gradient norms of one process: those that are no rows of the conformance matrix."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from tests.jobs import engine, job, train
 from tests.ranks import run_ranks
 
 MESHES = {
-    "fsdp2": {"fsdp": 2}, "fsdp4": {"fsdp": 4}, "fsdp3": {"fsdp": 3}, "dp2": {"dp": 2}, "dp2-fsdp2": {"dp": 2, "fsdp": 2},
-    "tp2": {"tp": 2}, "tp2-fsdp2": {"tp": 2, "fsdp": 2}, "tp2-dp2": {"tp": 2, "dp": 2},
-}  # fmt: skip
-EXPERT_MESHES = {
-    "ep2": {"fsdp": 2, "ep": 2}, "ep4": {"fsdp": 4, "ep": 4}, "fsdp-ep2": {"fsdp": 4, "ep": 2},
-    "dp2-ep2": {"dp": 2, "fsdp": 2, "ep": 2},
+    "fsdp2": {"fsdp": 2}, "dp2": {"dp": 2}, "dp2-fsdp2": {"dp": 2, "fsdp": 2}, "tp2": {"tp": 2},
+    "tp2-fsdp2": {"tp": 2, "fsdp": 2}, "tp2-dp2": {"tp": 2, "dp": 2},
 }  # fmt: skip
 
 
@@ -44,9 +40,9 @@ def single() -> dict[str, Any]:
     return reference  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", [*MESHES, *EXPERT_MESHES])
+@pytest.mark.parametrize("name", ["fsdp2", "dp2", "tp2-dp2"])
 def test_moe_lm_in_float64_is_the_single_process(name: str, single: Any) -> None:
-    mesh = {**MESHES, **EXPERT_MESHES}[name]
+    mesh = MESHES[name]
     sections = {"model": {"dtype": "float64"}}
     ranks = mesh.get("dp", 1) * mesh.get("fsdp", 1) * mesh.get("tp", 1)
     curves = run_ranks(ranks, curve, "moe_lm", mesh, sections, 5)
