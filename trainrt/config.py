@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -122,7 +122,7 @@ class ClusterConfig(Section):
     spare_nodes: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     driver_grace_seconds: float = Field(600, ge=0)
-    node_mtbf_hours: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    node_mtbf_hours: float | Literal["auto"] = "auto"
 
 
 class SnapshotConfig(Section):
@@ -322,7 +322,9 @@ def _explain(error: ValidationError, root: type[BaseModel] = JobConfig, prefix: 
     """pydantic's errors as one line each: key, value, what is allowed, the nearest spelling."""
     for entry in error.errors():
         parts = [
-            str(part) for part in entry["loc"] if part not in ("int", "str", "tuple") and "literal" not in str(part)
+            str(part)
+            for part in entry["loc"]
+            if part not in ("int", "float", "str", "tuple") and "literal" not in str(part)
         ]
         key = prefix + ".".join(parts)
         if entry["type"] == "extra_forbidden":
@@ -398,6 +400,14 @@ def _data_problems(config: JobConfig) -> Iterator[str]:
     for beta in optimizer.betas:
         if not 0 <= beta < 1:
             yield f"optimizer.betas = {list(optimizer.betas)}: allowed: two numbers in [0, 1)"
+    data_shards, parity_shards = config.snapshot.data_shards, config.snapshot.parity_shards
+    if data_shards != "auto" and data_shards < 1:
+        yield f'snapshot.data_shards = {data_shards}; allowed: "auto" or a whole number from 1'
+    if parity_shards != "auto" and not 0 <= parity_shards <= 3:
+        yield f'snapshot.parity_shards = {parity_shards}; allowed: "auto", 0, 1, 2, 3'
+    hours = config.cluster.node_mtbf_hours
+    if hours != "auto" and hours <= 0:
+        yield f'cluster.node_mtbf_hours = {hours:g}; allowed: "auto" or a number above 0'
     if isinstance(config.snapshot.every, int) and config.snapshot.every < 0:
         yield f'snapshot.every = {config.snapshot.every}; allowed: "auto" or a whole number from 0'
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -57,9 +57,6 @@ def _type(annotation: Any) -> str:
     if annotation in names:
         return names[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        limits = [limit for bound in arguments[1].metadata if (limit := _limit(bound))]
-        return ", ".join([_type(arguments[0]), *limits])
     if origin is not None and str(origin).endswith("Literal"):
         return ", ".join(f"`{json.dumps(value)}`" for value in arguments)
     if origin in (tuple, dict):

@@ -238,10 +238,11 @@ class Plan:
 
     def _effective_time(self) -> str:
         every, hours = self.recovery["every"], self.recovery["node_mtbf_seconds"] / 3600
+        seldom = f"{hours:,.0f}" if hours >= 10 else f"{hours:.3g}"
         often = {0: "without snapshots", 1: "with a snapshot every step"}.get(
             int(every), f"with a snapshot every {every} steps"
         )
-        return f"{self.recovery['effective_time']:.2%} expected, {often}, if a node fails every {hours:,.3g} h"
+        return f"{self.recovery['effective_time']:.2%} expected, {often}, if a node fails every {seldom} h"
 
 
 def roles_of(parameter: ParameterPlan, roles: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:
