@@ -128,7 +128,7 @@ class ClusterConfig(Section):
 class SnapshotConfig(Section):
     every: int | Literal["auto"] = 1
     data_shards: int | Literal["auto"] = "auto"
-    parity_shards: int | Literal["auto"] = 1
+    parity_shards: Literal[0, 1, 2, 3, "auto"] = 1
 
 
 class CheckpointConfig(Section):
@@ -352,6 +352,7 @@ def _allowed_keys(root: type[BaseModel], path: Sequence[str]) -> list[str]:
 def _problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str]:
     yield from _not_built(config)
     yield from _data_problems(config)
+    yield from _recovery_problems(config)
     yield from _mesh_problems(config)
     yield from _model_problems(config, document)
 
@@ -400,16 +401,17 @@ def _data_problems(config: JobConfig) -> Iterator[str]:
     for beta in optimizer.betas:
         if not 0 <= beta < 1:
             yield f"optimizer.betas = {list(optimizer.betas)}: allowed: two numbers in [0, 1)"
-    data_shards, parity_shards = config.snapshot.data_shards, config.snapshot.parity_shards
+
+
+def _recovery_problems(config: JobConfig) -> Iterator[str]:
+    """Numbers beside "auto"."""
+    every, data_shards, hours = config.snapshot.every, config.snapshot.data_shards, config.cluster.node_mtbf_hours
+    if every != "auto" and every < 0:
+        yield f'snapshot.every = {every}; allowed: "auto" or a whole number from 0'
     if data_shards != "auto" and data_shards < 1:
         yield f'snapshot.data_shards = {data_shards}; allowed: "auto" or a whole number from 1'
-    if parity_shards != "auto" and not 0 <= parity_shards <= 3:
-        yield f'snapshot.parity_shards = {parity_shards}; allowed: "auto", 0, 1, 2, 3'
-    hours = config.cluster.node_mtbf_hours
     if hours != "auto" and hours <= 0:
         yield f'cluster.node_mtbf_hours = {hours:g}; allowed: "auto" or a number above 0'
-    if isinstance(config.snapshot.every, int) and config.snapshot.every < 0:
-        yield f'snapshot.every = {config.snapshot.every}; allowed: "auto" or a whole number from 0'
 
 
 def _mesh_problems(config: JobConfig) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -13,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainrt.parallel.norm import ExactNorm, PlainNorm, row_squares
-from trainrt.parallel.tree import TreeSum, tree_sum
+from trainrt.parallel.tree import TreeSum
+
+
+def tree_sum(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+    tree = TreeSum()
+    for leaf in leaves:
+        tree.add(leaf)
+    return tree.total()
 
 
 def text(leaves: int) -> str:

@@ -11,12 +11,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trainrt.checkpoint.store.group import choose_groups
+from trainrt.config import JobConfig
 
 NODE_MTBF_SECONDS = 6300 * 3600.0
 """Of a node of eight GPUs: 419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, arXiv 2407.21783, section 3.3.4)."""
 MOST_PARITY = 3
 NEGLIGIBLE = 1e-3
 """Share of the time that may go to generations lost for good before one more parity shard is worth it."""
+
+
+def node_mtbf_seconds(config: JobConfig) -> float:
+    """The mean time between failures of a node, as given or as is usual."""
+    given = config.cluster.node_mtbf_hours
+    return NODE_MTBF_SECONDS if given == "auto" else given * 3600
 
 
 def best_interval(*, snapshot_seconds: float, mtbf_seconds: float) -> float:

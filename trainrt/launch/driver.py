@@ -193,13 +193,7 @@ class Driver:
         self.terminal.plan(f"run {self.config.run.name} in {self.run_dir}", self._plan_rows(preflight.plan))
         self.terminal.begin_progress(step=self.status.fields["step"], steps=self.config.run.steps)
         self.logs = LogMonitor(self.run_dir.logs, write=self.terminal.line, node_of=self._node_of)
-        unfinished = self.previous is not None and self.previous.state in (
-            "starting",
-            "running",
-            "diagnosing",
-            "recovering",
-        )
-        if self.previous is not None and unfinished and not self.request.handed_over:
+        if self.previous is not None and self.previous.cut_off and not self.request.handed_over:
             self._driver_loss(self.previous, adopted=adopted)
         self.now_running = Incarnation(
             self.ground, self.config, self.planner, names=names, number=self.status.fields["incarnation"],

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from trainrt.checkpoint.policy import NODE_MTBF_SECONDS, best_parity
+from trainrt.checkpoint.policy import best_parity, node_mtbf_seconds
 from trainrt.config import JobConfig
 from trainrt.run_dir import RunDir, now
 
@@ -22,7 +22,6 @@ class Reliability:
 
     def __init__(self, run_dir: RunDir, config: JobConfig) -> None:
         self._config = config
-        self._given = None if config.cluster.node_mtbf_hours == "auto" else config.cluster.node_mtbf_hours * 3600
         lines = run_dir.read_metrics()
         self._since = lines[0]["time"] if lines else now()
         self._failures, self._window = 0, WINDOW_SECONDS
@@ -42,12 +41,10 @@ class Reliability:
 
     def node_mtbf_seconds(self) -> float:
         """As given; else what is usual, or what was seen where that is worse."""
-        if self._given is not None:
-            return self._given
-        if self._failures < ENOUGH_FAILURES:
-            return NODE_MTBF_SECONDS
-        observed = max(1.0, now() - self._since) * self._config.cluster.nodes / self._failures
-        return min(NODE_MTBF_SECONDS, observed)
+        expected = node_mtbf_seconds(self._config)
+        if self._config.cluster.node_mtbf_hours != "auto" or self._failures < ENOUGH_FAILURES:
+            return expected
+        return min(expected, max(1.0, now() - self._since) * self._config.cluster.nodes / self._failures)
 
     def parity_shards(self, hosts: Mapping[str, str], *, node_bytes: float, memory_bytes: float) -> int:
         """For `snapshot.parity_shards = "auto"`. hosts: node to host. Bytes of a node: its state, its shared memory."""

@@ -71,6 +71,11 @@ class Previous:
     time: float
     record: Record | None
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether its driver ended without a word."""
+        return self.state in ("starting", "running", "diagnosing", "recovering")
+
 
 def prepare(
     config: JobConfig | str | Path, *, pipeline: Any = None, address: str | None = None, nodes: int | None = None,

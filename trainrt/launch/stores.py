@@ -51,7 +51,7 @@ class Stores:
         self._distrusted = (0, 0)
         self._configuration = 0
         asked = config.snapshot.parity_shards
-        self.parity_shards = 1 if asked == "auto" else asked
+        self.parity_shards: int = 1 if asked == "auto" else asked
         self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="stores")
 
     def add(self, node: str, store: dict[str, str]) -> None:

@@ -19,10 +19,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.tensor import Shard
 
 from trainrt.events import ring
-from trainrt.parallel.collectives import all_reduce
+from trainrt.parallel.collectives import all_gather, all_reduce
 from trainrt.parallel.mesh import Groups
 from trainrt.parallel.moe.experts import Experts
-from trainrt.parallel.tree import TreeReduction, Turn
+from trainrt.parallel.tree import TreeSum, Turn
 
 
 class _Allocate:
@@ -58,6 +58,45 @@ class RecordedReduceScatter(_Allocate, ReduceScatter):
         size = input_tensor.nbytes
         with ring.span("fsdp_reduce_scatter", kind="collective", bytes=size, group=self._axis, waiting=True):
             return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+class TreeReduction(_Allocate, ReduceScatter):
+    """FSDP2's reduction of one module's gradients, in tree order: every round sends, the last one writes the sum.
+
+    A rank of `axis` (and of `replicas`) brings the sum of `span` leaves: one, or those of an ep group, whose rows meet
+    at its experts: always the same neighbouring leaves, whatever the number of data ranks. Before the last round the
+    gradients are zero, and FSDP adds what comes later to them.
+    """
+
+    def __init__(self, axis: str, turn: Turn, *, replicas: dist.ProcessGroup | None, span: int) -> None:
+        self._axis, self._turn, self._replicas, self._span = axis, turn, replicas, span
+        self._arrived: Tensor | None = None
+        self._sum = TreeSum()
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Exchange the shards instead of adding them. FSDP calls it where the axis has more than one rank."""
+        arrived = torch.empty_like(input_tensor)
+        size = input_tensor.nbytes
+        with ring.span("fsdp_exchange_gradients", kind="collective", bytes=size, group=self._axis, waiting=True):
+            dist.all_to_all_single(arrived, input_tensor, group=group)
+        self._arrived = arrived.view(group.size(), -1)
+
+    def reduce(self, output: Tensor) -> None:
+        """FSDP's all-reduce hook, called in every round: take what arrived, and write the sum in the last."""
+        shards = output.clone().unsqueeze(0) if self._arrived is None else self._arrived
+        self._arrived = None
+        if self._replicas is not None:
+            shards = all_gather(shards, self._replicas).flatten(0, 1)
+        first = self._turn.index * len(shards)
+        for position, shard in enumerate(shards):
+            if (first + position) * self._span < self._turn.leaves:
+                self._sum.add(shard)
+        if self._turn.index == self._turn.rounds - 1:
+            output.copy_(self._sum.total())
+        else:
+            output.zero_()
 
 
 def apply_fsdp(

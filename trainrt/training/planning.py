@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trainrt.checkpoint.policy import NODE_MTBF_SECONDS, Forecast, best_every, effective_time
+from trainrt.checkpoint.policy import Forecast, best_every, effective_time, node_mtbf_seconds
 from trainrt.config import DataConfig, JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
@@ -99,12 +99,6 @@ def forecast(config: JobConfig, plan: Plan) -> Forecast:
         recovery_seconds=RECOVERY_SECONDS, mtbf_seconds=mtbf,
     )  # fmt: skip
     return Forecast(every, step, snapshot, RECOVERY_SECONDS, mtbf * nodes, effective)
-
-
-def node_mtbf_seconds(config: JobConfig) -> float:
-    """The mean time between failures of a node, as given or as is usual."""
-    given = config.cluster.node_mtbf_hours
-    return NODE_MTBF_SECONDS if given == "auto" else given * 3600
 
 
 def shrink(size: MeshSize, world_size: int) -> MeshSize:
