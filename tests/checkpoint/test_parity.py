@@ -299,6 +299,9 @@ def test_groups_spread_over_hosts_and_are_reduced_to_what_there_is() -> None:
     assert all(len({twelve[node] for node in group.nodes}) == 4 for group in groups), (
         "one host is lost: one node a group"
     )
+    racks = {f"n{index:02d}": f"r{index // 3}/h{index % 3}" for index in range(12)}
+    for group in choose_groups(racks, data_shards=3, parity_shards=1):
+        assert len({racks[node].partition("/")[0] for node in group.nodes}) == 4, "one rack is lost: one node a group"
     assert choose_groups({"n0": "h", "n1": "h"}, data_shards=None, parity_shards=0) == [
         Group(("n0",), 0),
         Group(("n1",), 0),

@@ -45,13 +45,23 @@ RAY_SETTINGS = {
 """A dead raylet is noticed in 1.1 s; a busy one may be silent for 7 s."""
 
 
+RACK_LABEL = "rack"
+"""`ray start --labels rack=r7` says which rack a node stands in: parity is spread over racks then."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A Ray node to put an agent on. `node_id` is Ray's, `host` its address."""
+    """A Ray node to put an agent on. `node_id` is Ray's, `host` its address, `rack` the node's label, where it has one."""
 
     name: str
     node_id: str
     host: str
+    rack: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, the largest thing that can fail as one first."""
+        return f"{self.rack}/{self.host}" if self.rack else self.host
 
 
 class Embedded:
@@ -231,7 +241,7 @@ class Joined:
         import ray
 
         fitting = [
-            Site("", node["NodeID"], node["NodeManagerAddress"])
+            Site("", node["NodeID"], node["NodeManagerAddress"], node.get("Labels", {}).get(RACK_LABEL, ""))
             for node in ray.nodes()
             if node["Alive"] and all(node["Resources"].get(key, 0) >= need for key, need in self._needs.items())
         ]

@@ -206,7 +206,7 @@ class Incarnation:
 
     def configure_stores(self) -> None:
         """Tell the stores who belongs, and how much parity protects whom."""
-        hosts = {node: site.host for node, site in self._ground.fleet.sites.items()}
+        hosts = {node: site.place for node, site in self._ground.fleet.sites.items()}
         if self._config.snapshot.parity_shards == "auto":
             seated = {node: hosts.get(node, node) for node in set(self.seats.values())}
             on_host, known = Counter(seated.values()), self._ground.fleet.memory_bytes

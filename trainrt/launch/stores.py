@@ -146,7 +146,7 @@ class Stores:
         )  # fmt: skip
 
     def groups(self, hosts: Mapping[str, str]) -> list[Group]:
-        """The groups of these nodes (name to host), as the job asks for them."""
+        """The groups of these nodes (name to host, or "rack/host"), as the job asks for them."""
         asked = self._config.snapshot
         return choose_groups(
             hosts,

@@ -78,7 +78,8 @@ def segment_bytes(node_bytes: int, k: int) -> int:
 
 
 def choose_groups(hosts: Mapping[str, str], *, data_shards: int | None, parity_shards: int) -> list[Group]:
-    """Split nodes (name to host) into groups, those of one host into different ones where that is possible.
+    """Split nodes (name to host, or "rack/host") into groups: those of one host, and of one rack, into different ones
+    where that is possible.
 
     `data_shards` None: as many as there are nodes for, up to MOST_DATA_SHARDS. Fewer nodes than asked for make
     smaller groups, and a group of one node has no parity: what was asked for is reduced, never refused.
@@ -90,6 +91,6 @@ def choose_groups(hosts: Mapping[str, str], *, data_shards: int | None, parity_s
     count = max(1, -(-len(nodes) // size)) if parity_shards else len(nodes)
     # No group may be too small for its parity.
     count = min(count, max(1, len(nodes) // (parity_shards + 1))) if parity_shards else count
-    # Nodes of one host follow each other, so that dealing them out puts them into different groups.
+    # Nodes of one host, and hosts of one rack, follow each other, so that dealing them out puts them into different groups.
     members: Sequence[list[str]] = [sorted(nodes[start::count]) for start in range(count)]
     return [Group(tuple(names), min(parity_shards, len(names) - 1)) for names in members]
