@@ -38,6 +38,7 @@ class Cluster:
         self.tensor = LogicalTensor("w", "parameter", "float32", (sum(self.rows), COLUMNS))
         self.at: dict[str, StoreAddress] = {}
         self.configuration = 0
+        self.drifted: set[int] = set()
         for name in self.names:
             self.start(name)
 
@@ -84,12 +85,14 @@ class Cluster:
             layout.merge(self.layout(rank))
         return digest(MemorySource(layout, {(rank, "state"): self.contents(rank, step) for rank in self.seats}))
 
-    def clients(self, incarnation: int) -> dict[int, SnapshotClient]:
+    def clients(self, incarnation: int, *, replicas: bool = False) -> dict[int, SnapshotClient]:
+        """`replicas`: every rank could copy all other ranks' shares too."""
         made = {}
         for rank, name in self.seats.items():
             socket = self.at[name].socket
             made[rank] = SnapshotClient(socket, run_id=self.run_id, incarnation=incarnation, rank=rank, token=TOKEN)
-            made[rank].describe(self.layout(rank), self.rows[rank] * COLUMNS * 4)
+            others = [other for other in self.seats if other != rank] if replicas else []
+            made[rank].describe(self.layout(rank), self.rows[rank] * COLUMNS * 4, replicas=others)
         return made
 
     def snapshot(self, clients: dict[int, SnapshotClient], step: int, *, but: int | None = None) -> None:
@@ -105,6 +108,22 @@ class Cluster:
             buffer[:] = self.contents(rank, step)
             metadata = {"step": step, "run_id": "r", "aliases": {}, "model_config": {}} if rank == 0 else None
             clients[rank].seal(step, metadata=metadata, checkpoint=False)
+            if clients[rank].mirror is not None:
+                self.copy_orders(clients[rank], step)
+
+    def copy_orders(self, client: SnapshotClient, step: int) -> None:
+        """What a trainer copies of the shares of its replicas; one of them has drifted in some steps."""
+        assert client.mirror is not None
+        mirror, orders = client.mirror
+        for other, start, stop, at in orders:
+            mirror[at : at + stop - start] = self.contents(other, step)[start:stop]
+        if step in self.drifted:
+            mirror[0] ^= 1
+        client.mirrored(step)
+
+    def pulled(self) -> int:
+        """Bytes that came over the network to be coded."""
+        return sum(self.admin(name).status()["pulled"] for name in self.at)
 
     def holdings(self) -> list[Holding]:
         return take_inventory(self.admin(name).status() for name in self.at)
@@ -167,6 +186,29 @@ def test_any_m_lost_nodes_are_decoded(make: Any, nodes: int, m: int, ranks_per_n
     cluster.rebuild(holding)
     assert cluster.digest(3) == cluster.expected(3)
     assert cluster.digest(3) != cluster.expected(2), "negative control"
+
+
+@pytest.mark.parametrize(("nodes", "m", "ranks_per_node"), [(2, 1, 2), (4, 2, 1)])
+def test_replicated_state_is_coded_without_network_unless_it_has_drifted(
+    make: Any, nodes: int, m: int, ranks_per_node: int
+) -> None:
+    cluster = make(nodes, m=m, ranks_per_node=ranks_per_node, rows=2048)
+    clients = cluster.clients(1, replicas=True)
+
+    def step(number: int) -> int:
+        before = cluster.pulled()
+        cluster.snapshot(clients, number)
+        assert all(client.wait_committed(30) for client in clients.values())
+        return cluster.pulled() - before
+
+    assert step(1) > 0, "who holds how much is known from the first generation on"
+    assert step(2) == 0
+    cluster.drifted = {3}
+    assert 0 < step(3) <= len(clients) * BUCKET_BYTES
+    cluster.kill(*cluster.names[:m])
+    (holding,) = [held for held in cluster.holdings() if held.step == 3]
+    cluster.rebuild(holding)
+    assert cluster.digest(3) == cluster.expected(3)
 
 
 def test_segments_larger_than_a_bucket_and_ends_that_do_not_fit(make: Any) -> None:

@@ -172,6 +172,16 @@ class Plan:
                 base += -(-size // ALIGNMENT) * ALIGNMENT
         return slots, base
 
+    def replicas(self, rank: int) -> frozenset[int]:
+        """The other ranks that hold exactly what this one holds."""
+        others = (other for other in range(self.mesh.world_size) if other != rank)
+        boxes = [parameter.box(self.mesh, rank) for parameter in self.parameters]
+        return frozenset(
+            other
+            for other in others
+            if all(p.box(self.mesh, other) == box for p, box in zip(self.parameters, boxes, strict=True))
+        )
+
     def layout(self, ranks: Iterable[int], roles: Sequence[tuple[str, str | None]], *, shared: bool = False) -> Layout:
         """Which box of which logical tensor lies where in the snapshots of these ranks."""
         by_name = {parameter.name: parameter for parameter in self.parameters}

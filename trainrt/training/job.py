@@ -166,5 +166,5 @@ def connect_store(spec: Spec, snapshotter: Snapshotter) -> SnapshotClient | None
     client = SnapshotClient(
         spec.store["socket"], run_id=spec.run_id, incarnation=spec.incarnation, rank=spec.rank, token=spec.token
     )
-    client.describe(snapshotter.layout, snapshotter.bytes)
+    client.describe(snapshotter.layout, snapshotter.bytes, replicas=snapshotter.replicas)
     return client

@@ -78,6 +78,8 @@ class Snapshots:
         if buffer is None:
             return
         self._snapshotter.copy_buffers(buffer)
+        if self.store.mirror is not None:
+            self._snapshotter.copy_orders(*self.store.mirror, buffers=True)
         self._copying = self._thread.submit(self._copy, step, buffer, metadata, checkpoint)
         self.taken = step
         if checkpoint:
@@ -88,6 +90,9 @@ class Snapshots:
         store = self.store
         self._snapshotter.copy_into(buffer, copied=lambda bytes: store.copied(step, bytes))
         store.seal(step, metadata=metadata, checkpoint=checkpoint)
+        if store.mirror is not None:
+            self._snapshotter.copy_orders(*store.mirror, buffers=False)
+            store.mirrored(step)
 
     def before_update(self) -> None:
         """The optimizer is about to change what is being copied: wait for the copy."""

@@ -41,6 +41,8 @@ class Snapshotter:
         plan, roles = holder.plan, holder.roles()
         self.slots, self.bytes = plan.slots(holder.rank, roles, shared=True)
         self.layout = plan.layout([holder.rank], roles, shared=True)
+        self.replicas = plan.replicas(holder.rank)
+        self._shares = {rank: plan.slots(rank, roles, shared=True)[0] for rank in self.replicas}
         self._holder = holder
         self._views: dict[int, list[Tensor]] = {}
 
@@ -67,6 +69,21 @@ class Snapshotter:
             if slot.role != "buffer":
                 wanted.append(number)
         self._copy(buffer, wanted)
+
+    @torch.no_grad()
+    def copy_orders(self, mirror: np.ndarray, orders: list[tuple[int, int, int, int]], *, buffers: bool) -> None:
+        """Ranges (rank, start, stop, at) of replicas' shares, which are held here as well; of buffers, or of all else."""
+        flat, views, live = torch.from_numpy(mirror), [], []
+        for rank, start, stop, at in orders:
+            for slot in self._shares[rank]:
+                item = getattr(torch, slot.dtype).itemsize
+                first, last = max(start, slot.base), min(stop, slot.base + _slot_bytes(slot))
+                if first < last and (slot.role == "buffer") == buffers:
+                    elements = slice((first - slot.base) // item, (last - slot.base) // item)
+                    live.append(self._live(slot).reshape(-1)[elements])
+                    views.append(flat[at + first - start : at + last - start].view(getattr(torch, slot.dtype)))
+        if views:
+            torch._foreach_copy_(views, live)
 
     def _copy(self, buffer: np.ndarray, wanted: list[int]) -> None:
         address = buffer.__array_interface__["data"][0]

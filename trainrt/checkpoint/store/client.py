@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,28 @@ class SnapshotClient:
         self._socket, self._token, self._run_id = socket, token, run_id
         self._head = {"incarnation": incarnation, "rank": rank}
         self._connection: Connection | None = None
-        self._described: tuple[list[dict[str, Any]], int] | None = None
+        self._described: tuple[list[dict[str, Any]], int, list[int]] | None = None
         self._mapped: dict[str, np.ndarray] = {}
         self._sealed: int | None = None
         self.skipped = 0
+        self.mirror: tuple[np.ndarray, list[tuple[int, int, int, int]]] | None = None
+        """What to copy of replicas' shares beside the slot that was begun: where to, and (rank, start, stop, at)."""
         self._lock = threading.RLock()
 
-    def describe(self, layout: Layout, bytes: int) -> None:
-        """What this rank's slots hold, once an incarnation. Raises StoreError if the store refuses."""
-        self._described = (layout.to_json(), bytes)
+    def describe(self, layout: Layout, bytes: int, *, replicas: Collection[int] = ()) -> None:
+        """What this rank's slots hold, once an incarnation, and which ranks' shares it could copy as well.
+
+        Raises StoreError if the store refuses.
+        """
+        self._described = (layout.to_json(), bytes, sorted(replicas))
         self._connect()
 
     def _connect(self) -> Connection:
         assert self._described is not None
         if self._connection is None:
             connection = Connection(self._socket, token=self._token, run_id=self._run_id)
-            connection.request("describe", **self._head, layout=self._described[0], bytes=self._described[1])
+            layout, size, replicas = self._described
+            connection.request("describe", **self._head, layout=layout, bytes=size, replicas=replicas)
             self._connection = connection
         return self._connection
 
@@ -60,10 +67,17 @@ class SnapshotClient:
         if answer is None or answer["slot"] is None:
             self.skipped += 1
             return None
-        if answer["slot"] not in self._mapped:
-            assert self._described is not None
-            self._mapped[answer["slot"]] = map_slot(answer["slot"], self._described[1])
-        return self._mapped[answer["slot"]]
+        assert self._described is not None
+        self.mirror = None
+        if answer["mirror"] is not None:
+            orders = [tuple(order) for order in answer["mirror"]["orders"]]
+            self.mirror = self._map(answer["mirror"]["slot"], answer["mirror"]["bytes"]), orders
+        return self._map(answer["slot"], self._described[1])
+
+    def _map(self, slot: str, size: int) -> np.ndarray:
+        if slot not in self._mapped:
+            self._mapped[slot] = map_slot(slot, size)
+        return self._mapped[slot]
 
     def _ask_for_slot(self, step: int, *, checkpoint: bool) -> dict[str, Any] | None:
         """The store's answer; a connection that broke is made once more, because a new store may be there."""
@@ -79,6 +93,11 @@ class SnapshotClient:
         """The slot is written up to here: the store may begin with it. Nothing is waited for."""
         with suppress(StoreError), self._lock:
             self._connect().send("copied", **self._head, step=step, bytes=bytes, one_way=True)
+
+    def mirrored(self, step: int) -> None:
+        """What `mirror` asks for is copied. Nothing is waited for: what is not there in time, the store pulls."""
+        with suppress(StoreError), self._lock:
+            self._connect().send("mirrored", **self._head, step=step, one_way=True)
 
     def seal(self, step: int, *, metadata: dict[str, Any] | None, checkpoint: bool) -> None:
         """The slot is written: the store takes over. Returns at once."""

@@ -19,6 +19,7 @@ import numpy as np
 from trainrt.checkpoint.erasure.code import Code
 from trainrt.checkpoint.store.generation import Generation, Part
 from trainrt.checkpoint.store.group import Group, segment_bytes
+from trainrt.checkpoint.store.mirror import digest
 from trainrt.checkpoint.store.protocol import Connection
 from trainrt.checkpoint.store.segments import NodeData, buckets, padded
 from trainrt.errors import StoreError
@@ -59,14 +60,15 @@ class Peers:
         return self._to(node).request(op, **fields)[0]
 
     def pull(self, wanted: Mapping[int, tuple[str, str, dict[str, Any]]]) -> dict[int, bytearray]:
-        """Payloads of several requests (number -> node, op, fields), all under way at once.
+        """Payloads of several requests (number -> node, op, fields), all under way at once; none for "the same as yours".
 
         Raises StoreError if one fails; the connections are closed then, since answers may still be in them.
         """
         try:
             for node, op, fields in wanted.values():
                 self._to(node).send(op, **fields)
-            return {number: self._to(node).receive()[1] for number, (node, _, _) in wanted.items()}
+            answers = {number: self._to(node).receive() for number, (node, _, _) in wanted.items()}
+            return {number: payload for number, (head, payload) in answers.items() if "same" not in head}
         except StoreError:
             for connection in self._open.values():
                 connection.close()
@@ -85,21 +87,39 @@ def parity_parts(group: Group, node: str, node_bytes: Mapping[str, int]) -> list
     return parts
 
 
-def encode(generation: Generation, group: Group, parts: list[Part], out: np.ndarray, peers: Peers) -> None:
-    """Fill a store's parity slot. Raises StoreError when a peer fails, or the generation is over."""
+Held = Callable[[str, int, int, int], bytes | None]
+"""(node, segment, offset, length) to what is held here of another node's data: see `mirror`."""
+
+
+def encode(
+    generation: Generation, group: Group, parts: list[Part], out: np.ndarray, peers: Peers,
+    *, held: Held = lambda *_: None,
+) -> int:  # fmt: skip
+    """Fill a store's parity slot. Returns the bytes that came over the network.
+
+    Raises StoreError when a peer fails, or the generation is over.
+    """
     code = Code(group.k, group.m)
     fields = {"step": generation.step, "incarnation": generation.incarnation, "k": group.k, "wait": True}
+    pulled = 0
     for part in parts:
         for offset, length in buckets(part.length):
             if generation.over:
                 raise StoreError(f"generation {generation.step} is over")
-            wanted = {
-                shard: (node, "segment", {**fields, "of": node, "segment": shard, "offset": offset, "length": length})
-                for shard, node in ((shard, group.contributor(part.stripe, shard)) for shard in range(group.k))
-            }
-            payloads = peers.pull(wanted)
-            shards = [padded(payloads[shard], length) for shard in range(group.k)]
+            wanted: dict[int, tuple[str, str, dict[str, Any]]] = {}
+            own: dict[int, bytes] = {}
+            for shard in range(group.k):
+                node = group.contributor(part.stripe, shard)
+                where = {**fields, "of": node, "segment": shard, "offset": offset, "length": length}
+                here = held(node, shard, offset, length)
+                if here is not None:
+                    own[shard], where["have"] = here, digest(here)
+                wanted[shard] = (node, "segment", where)
+            got = peers.pull(wanted)
+            pulled += sum(map(len, got.values()))
+            shards = [padded(got[shard] if shard in got else own[shard], length) for shard in range(group.k)]
             code.encode(shards, out[part.offset + offset : part.offset + offset + length], part.row)
+    return pulled
 
 
 def until_over(generation: Generation, work: Callable[[], Any]) -> Any:

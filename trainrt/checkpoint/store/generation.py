@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from trainrt.checkpoint.store.group import Group
+from trainrt.checkpoint.store.mirror import Mirror
 from trainrt.errors import StoreError
 
 
@@ -84,6 +85,8 @@ class Parity:
 class Generation:
     """`seating`: all ranks to nodes; `node`: this store's. `pinned` while a checkpoint is written from it.
 
+    `mirror`: what ranks of this node copy of other nodes' data, `mirrored` those that have done so.
+
     `abandoned`: it will not be committed, but what it holds stays readable.
     """
 
@@ -95,6 +98,8 @@ class Generation:
     state: State = State.COPYING
     members: dict[int, Member] = field(default_factory=dict)
     parity: Parity | None = None
+    mirror: Mirror = field(default_factory=Mirror)
+    mirrored: set[int] = field(default_factory=set)
     parity_over: bool = False
     checkpoint: bool = False
     pinned: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from trainrt.checkpoint.store.coding import Peers, Rebuilding, encode, parity_parts, until_over
 from trainrt.checkpoint.store.generation import Generation, Member, Parity, State
 from trainrt.checkpoint.store.group import Group
+from trainrt.checkpoint.store.mirror import Mirror, digest, mirror_owner
 from trainrt.checkpoint.store.reading import VerifiedSlot
 from trainrt.checkpoint.store.segments import NodeData, cut
 from trainrt.checkpoint.store.slots import BLOCK_BYTES, hash_blocks, owner_of
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from trainrt.checkpoint.store.store import Store
 
 PARITY = "parity"
+MIRROR_POLL_SECONDS = 0.002
 SEGMENT_SECONDS = 8.0
 """How long a request for data that is still to be copied waits before it is asked again."""
 
@@ -27,7 +30,9 @@ class ParityKeeper:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._sizes: tuple[int, dict[str, int]] = (0, {})
+        self._sizes: tuple[int, dict[str, dict[int, int]]] = (0, {})
+        self._mirror: tuple[int, Mirror] = (0, Mirror())
+        self.pulled = 0
 
     # Coding.
 
@@ -43,12 +48,14 @@ class ParityKeeper:
         sizes = await store.in_thread(until_over, generation, lambda: self._node_bytes(generation, group))
         if sizes is None:
             return
-        parts = parity_parts(group, store.node, sizes)
+        parts = parity_parts(group, store.node, {node: sum(ranks.values()) for node, ranks in sizes.items()})
         size = sum(part.length for part in parts)
         slot = store.slots.take(PARITY, size, used=store.slots_in_use())
         if slot is None:
             return
         parity = generation.parity = Parity(slot, size, parts)
+        if self._mirror[0] != generation.incarnation:
+            self._make_mirror(generation, group, sizes)
         layouts = await store.in_thread(until_over, generation, lambda: self._code(generation, group, parity))
         if layouts is not None:
             store.layouts.update(layouts)
@@ -56,17 +63,53 @@ class ParityKeeper:
     def _peers(self) -> Peers:
         return Peers(self._store.stores, token=self._store.token, run_id=self._store.run_id)
 
-    def _node_bytes(self, generation: Generation, group: Group) -> dict[str, int]:
-        """How much every other store of the group holds: the same all through an incarnation."""
+    def mirror(self, incarnation: int) -> Mirror:
+        """What this node's ranks copy of other nodes' data; nothing before the sizes of that are known."""
+        return self._mirror[1] if self._mirror[0] == incarnation else Mirror()
+
+    def _make_mirror(self, generation: Generation, group: Group, sizes: dict[str, dict[int, int]]) -> None:
+        """For the next generations of this incarnation. Without room for it, data comes over the network."""
+        store = self._store
+        replicas = {rank: store.described[rank].replicas for rank in generation.expected}
+        mirror = Mirror.of(group, store.node, sizes=sizes, replicas=replicas)
+        slots = {
+            rank: store.slots.take(mirror_owner(rank), size, used=store.slots_in_use())
+            for rank, size in mirror.sizes.items()
+        }
+        found = {rank: slot for rank, slot in slots.items() if slot is not None}
+        for slot in found.values():
+            # What lies between tensors is zero with the owner.
+            store.slots.map(slot)[:] = 0
+        if len(found) == len(slots):
+            mirror.slots = found
+            self._mirror = (generation.incarnation, mirror)
+
+    def _await_mirror(self, generation: Generation) -> None:
+        """Until the trainers have copied what they hold; what does not come is pulled."""
+        deadline = time.monotonic() + SEGMENT_SECONDS
+        while not generation.over and set(generation.mirror.slots) - generation.mirrored:
+            if time.monotonic() > deadline:
+                generation.mirror = Mirror()
+            time.sleep(MIRROR_POLL_SECONDS)
+
+    async def op_mirrored(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A trainer has copied what it was asked for."""
+        self._store.current(message)
+        self._held((message["step"], message["incarnation"])).mirrored.add(message["rank"])
+        return {}
+
+    def _node_bytes(self, generation: Generation, group: Group) -> dict[str, dict[int, int]]:
+        """How much the ranks of every other node of the group hold: the same all through an incarnation."""
         incarnation, known = self._sizes
         if incarnation == generation.incarnation and set(known) >= set(group.nodes) - {self._store.node}:
             return known
         with self._peers() as peers:
             found = {
-                node: peers.ask(node, "node_bytes", incarnation=generation.incarnation)["bytes"]
+                node: peers.ask(node, "node_bytes", incarnation=generation.incarnation)["ranks"]
                 for node in group.nodes
                 if node != self._store.node
             }
+        found = {node: {int(rank): size for rank, size in ranks.items()} for node, ranks in found.items()}
         self._sizes = (generation.incarnation, found)
         return found
 
@@ -75,8 +118,11 @@ class ParityKeeper:
         head = {"step": generation.step, "incarnation": generation.incarnation}
         layouts: dict[str, Any] = {}
         out = self._store.slots.map(parity.slot)
+        self._await_mirror(generation)
+        mirror, maps = generation.mirror, self._store.slots.map
         with self._peers() as peers:
-            encode(generation, group, parity.parts, out, peers)
+            held = lambda *where: mirror.read(maps, *where)  # noqa: E731
+            self.pulled += encode(generation, group, parity.parts, out, peers, held=held)
             for node in group.nodes:
                 if node == self._store.node:
                     continue
@@ -95,19 +141,25 @@ class ParityKeeper:
         ranks = {rank for rank, node in store.nodes_of_ranks.items() if node == store.node}
         if not await store.until(lambda: ranks <= set(store.described), SEGMENT_SECONDS):
             raise StoreError("not all ranks of this node are there yet")
-        return {"bytes": sum(store.described[rank][1] for rank in ranks)}
+        return {"ranks": {rank: store.described[rank].bytes for rank in ranks}}
 
     # Serving.
 
     async def op_segment(self, message: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        """A range of a segment of a node's data; with `wait` as soon as it is hashed, else verified."""
+        """A range of a segment of a node's data; with `wait` as soon as it is hashed, else verified.
+
+        Where the asker has the same bytes (`have`: their digest), "same" is the answer.
+        """
         key, where = (message["step"], message["incarnation"]), self._where(message)
         if message["wait"]:
             self._store.current(message)
             await self._until_hashed(message, where)
         generation = self._held(key)
         data = self._data(generation, message["of"], verified=not message["wait"])
-        return {}, await self._store.in_thread(lambda: data.read(*data.segment(*where)))
+        found = await self._store.in_thread(lambda: data.read(*data.segment(*where)))
+        if "have" in message and message["have"] == digest(found):
+            return {"same": True}, b""
+        return {}, found
 
     @staticmethod
     def _where(message: dict[str, Any]) -> tuple[int, int, int, int]:
@@ -196,8 +248,11 @@ class ParityKeeper:
         }
 
     def wants(self, owner: str, size: int) -> bool:
-        """Whether a parity slot of this size will be needed again: sizes change with the incarnation only."""
-        return owner == PARITY and any(g.parity is not None and g.parity.bytes == size for g in self._store.generations)
+        """Whether a parity slot, or a mirror, will be needed again: sizes change with the incarnation only."""
+        if owner == PARITY:
+            return any(g.parity is not None and g.parity.bytes == size for g in self._store.generations)
+        mirror = self.mirror(self._store.incarnation)
+        return any(owner == mirror_owner(rank) for rank in mirror.slots)
 
     # Rebuilding.
 

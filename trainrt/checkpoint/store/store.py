@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainrt.checkpoint.store.checkpointing import CheckpointWriter, Place, writ
 from trainrt.checkpoint.store.coding import give_way
 from trainrt.checkpoint.store.generation import Generation, Generations, Member, State
 from trainrt.checkpoint.store.group import Group
+from trainrt.checkpoint.store.mirror import Order
 from trainrt.checkpoint.store.parity import ParityKeeper
 from trainrt.checkpoint.store.protocol import Connection
 from trainrt.checkpoint.store.reading import VerifiedSlot, fragment_of
@@ -32,6 +34,15 @@ from trainrt.errors import StoreError, TrainrtError
 HASH_AT_ONCE = 8 * BLOCK_BYTES
 VOTE_AGAIN_SECONDS = 0.05
 SCRUB_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a rank's slots hold: the digest of the layout, bytes, and the ranks whose shares it holds as well."""
+
+    layout: str
+    bytes: int
+    replicas: frozenset[int]
 
 
 class Store:
@@ -50,7 +61,7 @@ class Store:
         self.generations = Generations()
         self.slots = Slots(self.folder, node)
         self.layouts: dict[str, list[dict[str, Any]]] = {}
-        self.described: dict[int, tuple[str, int]] = {}
+        self.described: dict[int, Described] = {}
         self.given_up: set[int] = set()
         self.done = asyncio.Event()
         self.changed = asyncio.Condition()
@@ -98,6 +109,7 @@ class Store:
             "node": self.node, "pid": os.getpid(), "incarnation": self.incarnation,
             "generations": [g.summary() for g in self.generations if g.state is not State.COPYING or g.sealed_ranks()],
             "checkpoints": sorted(self._checkpoints), "bytes": self.slots.bytes, "repaired": self.repaired,
+            "pulled": self.keeper.pulled,
         }  # fmt: skip
 
     async def op_renew(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +124,9 @@ class Store:
 
     async def op_describe(self, message: dict[str, Any]) -> dict[str, Any]:
         self.current(message)
-        self.described[message["rank"]] = (self.keep_layout(message["layout"]), message["bytes"])
+        self.described[message["rank"]] = Described(
+            self.keep_layout(message["layout"]), message["bytes"], frozenset(message["replicas"])
+        )
         await self.notify()
         return {}
 
@@ -128,31 +142,45 @@ class Store:
         rank, step = message["rank"], message["step"]
         if step in self.given_up:
             return {"slot": None, "reason": "another rank has no snapshot of this step"}
-        layout, size = self.described[rank]
+        described = self.described[rank]
         pending = self.generations.pending(self.incarnation)
         spill = self.spill if message["checkpoint"] else None
-        slot = None if pending else self.slots.take(owner_of(rank), size, used=self.slots_in_use(), spill=spill)
+        slot = (
+            None if pending else self.slots.take(owner_of(rank), described.bytes, used=self.slots_in_use(), spill=spill)
+        )
         if slot is None:
             self.spawn(self._tell_all("give_up", {"step": step, "incarnation": self.incarnation}))
             reason = (
-                "the generation before is not committed" if pending else f"no room for {size} bytes in {self.folder}"
+                "the generation before is not committed"
+                if pending
+                else f"no room for {described.bytes} bytes in {self.folder}"
             )
             return {"slot": None, "reason": reason}
         generation = self.generations.get(step, self.incarnation)
         if generation is None:
             made = Generation(step, self.incarnation, self.node, dict(self.nodes_of_ranks), self.groups)
+            made.mirror = self.keeper.mirror(self.incarnation)
             generation = self.generations.open(made)
             self.spawn(self._protect(generation))
-        generation.members[rank] = Member(rank, slot, size, layout)
+        generation.members[rank] = Member(rank, slot, described.bytes, described.layout)
         await self.notify()
-        return {"slot": slot}
+        return {"slot": slot, "mirror": self._mirror_of(generation, rank)}
+
+    @staticmethod
+    def _mirror_of(generation: Generation, rank: int) -> dict[str, Any] | None:
+        """What a rank is to copy beside its own share, and where."""
+        mirror = generation.mirror
+        if rank not in mirror.slots:
+            return None
+        orders: list[Order] = mirror.orders[rank]
+        return {"slot": mirror.slots[rank], "bytes": mirror.sizes[rank], "orders": orders}
 
     def slots_in_use(self) -> Collection[str]:
         return self.generations.slots_in_use()
 
     def _reclaim(self) -> None:
         """Remove what no generation holds and no rank of this incarnation, nor parity, can use."""
-        sizes = {owner_of(rank): size for rank, (_, size) in self.described.items()}
+        sizes = {owner_of(rank): described.bytes for rank, described in self.described.items()}
         owners = {owner_of(rank) for rank, node in self.nodes_of_ranks.items() if node == self.node}
 
         def wanted(owner: str, size: int) -> bool:
@@ -160,7 +188,7 @@ class Store:
 
         self.slots.reclaim(used=self.slots_in_use(), wanted=wanted)
         held = {member.layout for generation in self.generations for member in generation.members.values()}
-        kept = {*held, *(layout for layout, _ in self.described.values()), *self.keeper.layouts_held()}
+        kept = {*held, *(described.layout for described in self.described.values()), *self.keeper.layouts_held()}
         self.layouts = {name: layout for name, layout in self.layouts.items() if name in kept}
 
     async def op_give_up(self, message: dict[str, Any]) -> dict[str, Any]:
