@@ -93,7 +93,9 @@ ENDLESS = 100000
 class FaultyRun(Run):
     """A run of several nodes with one worker each, and what can be killed of it."""
 
-    def __init__(self, folder: Path, *, nodes: int, spares: int, m: int, steps: int = ENDLESS) -> None:
+    def __init__(
+        self, folder: Path, *, nodes: int, spares: int, m: int, steps: int = ENDLESS, mesh: dict[str, int] | None = None
+    ) -> None:
         (folder / "orders").mkdir(exist_ok=True)
         (folder / "faulty.py").write_text(MODULE.format(orders=str(folder / "orders")))
         job = write_job(
@@ -102,6 +104,7 @@ class FaultyRun(Run):
             optimizer={"schedule": "constant", "warmup_steps": 2},
             snapshot={"parity_shards": m},
             checkpoint={"every": 0},
+            parallel={} if mesh is None else {"mode": "explicit", **mesh},
             cluster={"nodes": nodes, "workers_per_node": 1, "spare_nodes": spares, "driver_grace_seconds": 60},
         )
         super().__init__(folder / f"run-{steps}", job)
@@ -148,9 +151,9 @@ class FaultyRun(Run):
         return {line["step"]: line["loss"] for line in self.lines("metrics")}
 
 
-def undisturbed(folder: Path, *, nodes: int, m: int, steps: int) -> FaultyRun:
+def undisturbed(folder: Path, *, nodes: int, m: int, steps: int, mesh: dict[str, int] | None = None) -> FaultyRun:
     """The same job on the same mesh, with nothing killed, to the same step."""
-    run = FaultyRun(folder, nodes=nodes, spares=0, m=m, steps=steps)
+    run = FaultyRun(folder, nodes=nodes, spares=0, m=m, steps=steps, mesh=mesh)
     run.launch()
     assert run.wait(seconds=1200) == 0, run.text
     assert run.lines("incidents") == []

@@ -79,10 +79,13 @@ class Fleet:
                 self._groups[node] = get_placement_group(self._name(node))
         return self.nodes
 
-    def setup(self, nodes: Iterable[str], *, proof: str, check: Callable[[], None]) -> dict[str, dict[str, Any]]:
+    def setup(
+        self, nodes: Iterable[str], *, proof: str, check: Callable[[], None], lives: Callable[[str], bool],
+    ) -> dict[str, dict[str, Any]]:  # fmt: skip
         """Wait until agents are up, and prove that they share the run directory; then listen to them.
 
-        Returns what each says of its node; agents that died are left out.
+        Returns what each says of its node. Agents that died are left out, and those whose node no longer `lives`: an
+        agent dies a moment before its raylet, and Ray would wait for such a node for ever.
         """
         import ray
 
@@ -95,6 +98,9 @@ class Fleet:
                 try:
                     answers[node] = ray.get(reference, timeout=0.1)
                 except ray.exceptions.GetTimeoutError:
+                    if not lives(node):
+                        self.forget(node)
+                        break
                     if time.monotonic() < deadline:
                         continue
                     raise TrainrtError(

@@ -177,7 +177,9 @@ class Ground:
         return Embedded(self.run_dir, run_id=record.run_id, names=record.names, port=port)
 
     def _setup(self, nodes: list[str], *, check: Callable[[], None]) -> None:
-        for node, answer in self.fleet.setup(nodes, proof=self.folder.proof.read_text(), check=check).items():
+        proof = self.folder.proof.read_text()
+        lives = lambda node: self.in_place(node) is not None  # noqa: E731
+        for node, answer in self.fleet.setup(nodes, proof=proof, check=check, lives=lives).items():
             if answer["store"] is not None:
                 self.stores.add(node, answer["store"])
         self._save_record()

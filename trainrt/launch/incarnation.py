@@ -120,9 +120,10 @@ class Incarnation:
             place = self._ground.in_place(node)
             self._ground.lose(node)
             if place is not None:
-                # Ray's node lives: only the agent died.
+                # Ray's node lives: only the agent died, or it died first.
                 self._ground.add([place], check=check)
-                continue
+                if node in self._ground.fleet.nodes:
+                    continue
             spare = self._take_spare(check=check)
             position = self._nodes.index(node)
             if spare is not None:
