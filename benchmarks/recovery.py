@@ -55,6 +55,8 @@ class Job:
 
     def until(self, holds: Any) -> None:
         while not holds():
+            if self.process.poll() not in (None, -signal.SIGKILL):
+                raise SystemExit(f"the launch ended: {self.read('status.json')['message']}")
             time.sleep(0.01)
 
     def protected(self) -> None:

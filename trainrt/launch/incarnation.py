@@ -164,7 +164,7 @@ class Incarnation:
         if site is None:
             return None
         self._ground.add([site], check=check)
-        return site.name
+        return site.name if site.name in self._ground.fleet.nodes else None
 
     # Orders.
 
