@@ -126,6 +126,18 @@ class FaultyRun(Run):
                 if entry["node"] in nodes and entry["role"] == role:
                     os.kill(entry["pid"], signal.SIGKILL)
 
+    def rot(self, node: str, kind: str) -> None:
+        """Flip a bit in the middle of every slot (of `rank`s or `parity`) on a node. Nobody may be writing there."""
+        run_id = self.document("status")["run_id"]
+        slots = list(Path(f"/dev/shm/trainrt-{run_id}/{node}").glob(f"{kind}*-slot-*"))
+        assert slots
+        for path in slots:
+            with path.open("r+b") as file:
+                file.seek(path.stat().st_size // 2)
+                byte = file.read(1)[0]
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte ^ 0x10]))
+
     def settled(self, *, protection: str = "full") -> None:
         """Wait until all ranks run, steps are completed and the protection is as it should be."""
 

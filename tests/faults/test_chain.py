@@ -77,6 +77,19 @@ def test_two_nodes_die_at_once(run: FaultyRun) -> None:
     run.settled()
 
 
+def test_flipped_bits_in_data_and_parity_are_decoded_before_a_tensor_is_used(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    # The driver sleeps, so that nothing is restored, and nothing written, before the bits are flipped.
+    run.signal(signal.SIGSTOP)
+    for node, rank in run.pids("worker"):
+        run.kill("worker", node, rank)
+    run.rot(run.seat(1), "rank")
+    run.rot(run.seat(2), "parity")
+    run.signal(signal.SIGCONT)
+    expect(run.incident(seen), kind="worker_exit", restored_from="memory")
+    expect(run.incident(seen + 1), kind="storage", restored_from="parity")
+
+
 def test_the_driver_dies(run: FaultyRun) -> None:
     seen, _ = run.fault()
     run.signal(signal.SIGKILL)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.faults.faulty import FaultyRun, expect, undisturbed
 from trainrt.checkpoint.store.admin import StoreAdmin
 from trainrt.launch.record import Folder, Record
@@ -22,7 +24,11 @@ def pulled(run: FaultyRun) -> int:
     return sum(StoreAdmin(address, secret).status()["pulled"] for address in record.stores.values())
 
 
-def test_a_node_of_replicas_is_decoded_from_parity_that_needed_no_network(tmp_path: Path) -> None:
+def test_a_node_of_replicas_is_decoded_from_parity_that_needed_no_network(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not request.config.getoption("--campaign"):
+        pytest.skip("the long form runs with --campaign; tests/checkpoint/test_parity.py has the short one")
     run = FaultyRun(tmp_path, nodes=NODES, spares=0, m=1, mesh=MESH)
     run.launch()
     try:

@@ -512,6 +512,7 @@ class Driver:
         if fault.kind == "silent_corruption":
             believed = last_compared(self.config, completed=running.completed)
             self.ground.stores.distrust(incarnation=self.status.fields["incarnation"], above=believed)
+        running.doubted = running.doubted or fault.kind == "storage"
         self.status.set(message=fault.message)
         state.failure = self.patience.fault(fault, completed=running.completed)
         state.resume_at = time.monotonic() + self.patience.delay_seconds

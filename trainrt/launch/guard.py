@@ -101,11 +101,28 @@ def _fork(body: Callable[[], None]) -> int:
     os._exit(0)
 
 
+class Lease:
+    """How long ago a file was touched, by this process's own clock: it may be set by an hour while a job runs."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._touched: int | None = None
+        self._at = 0.0
+
+    def age(self) -> float:
+        """Seconds since the last touch, or since the first look. Raises OSError where the file is gone."""
+        touched = os.stat(self._path).st_mtime_ns
+        if touched != self._touched:
+            self._touched, self._at = touched, time.monotonic()
+        return time.monotonic() - self._at
+
+
 class Guard:
     """One simulated node. `run` returns when nothing of it is left."""
 
     def __init__(self, orders: Orders, node: NodeOrders) -> None:
         self.orders, self.node = orders, node
+        self._lease = Lease(orders.lease)
         self.record = Path(orders.directory) / f"{node.name}.json"
         self.head = node is orders.nodes[0]
 
@@ -174,7 +191,7 @@ class Guard:
 
     def _over(self) -> bool:
         try:
-            age = time.time() - os.stat(self.orders.lease).st_mtime
+            age = self._lease.age()
         except OSError:
             return True
         stop_asked = age > ORPHANED_SECONDS and os.path.exists(self.orders.stop_request)

@@ -78,6 +78,7 @@ class Incarnation:
         self._rendezvous: Any = None
         self._abandoned = False
         self.committed_once = False
+        self.doubted = False
         self.plan = planner.result(check=lambda: None).plan
         if len(self._nodes) < config.cluster.nodes:
             self._fit()
@@ -189,14 +190,18 @@ class Incarnation:
     def _find_origin(self) -> Origin:
         """Raises TrainrtError where a generation was committed once, and nothing can be restored any more."""
         stores = self._ground.stores
+        holdings, repaired = stores.holdings(), 0
+        if self.doubted:
+            holdings, repaired = stores.checked(holdings)
+            self.doubted = False
         origin, missing = choose_origin(
-            stores.holdings(),
+            holdings,
             newest_checkpoint(self._ground.run_dir),
             rebuild=lambda holding: stores.rebuild(holding, seats=self.seats),
         )
         if origin.kind == "none" and self.committed_once:
             raise TrainrtError(f"nothing is left to restore from: {missing}; there is no checkpoint")
-        return origin
+        return Origin("parity", origin.step) if repaired and origin.kind == "memory" else origin
 
     def abandon(self) -> None:
         """This incarnation is over: its number is used up, and the stores let go who waits for it."""

@@ -103,6 +103,17 @@ class Stores:
             del self._retired[node]
         return take_inventory(self._believed(answer) for answer in answers.values())
 
+    def checked(self, holdings: list[Holding]) -> tuple[list[Holding], int]:
+        """The holdings from the newest sound one on, and how many of its blocks had rotted and were decoded anew."""
+        for number, holding in enumerate(holdings):
+            keepers = {node for nodes in holding.data.values() for node in nodes} & set(self._active)
+            try:
+                repaired = [self._admin(node).scrub(holding) for node in sorted(keepers)]
+            except StoreError:
+                continue
+            return holdings[number:], sum(found["data"] for found in repaired)
+        return [], 0
+
     def rebuild(self, holding: Holding, *, seats: dict[int, str]) -> None:
         """Decode what a generation lost, into stores of nodes with ranks. Raises StoreError where that is not possible."""
         targets = sorted(self.answering(set(seats.values())))

@@ -129,9 +129,13 @@ class StoreAdmin:
         )  # fmt: skip
         return int(answer["bytes"])
 
-    def scrub(self) -> dict[str, int]:
-        """Have the newest committed generation compared with its checksums. Returns the blocks repaired, data and parity."""
-        return self._request("scrub", seconds=REBUILD_SECONDS)
+    def scrub(self, holding: Holding | None = None) -> dict[str, int]:
+        """Have a generation, else the newest committed one, compared with its checksums and repaired.
+
+        Returns the blocks repaired, of data and of parity. Raises StoreError where it cannot be repaired.
+        """
+        which = {} if holding is None else {"step": holding.step, "incarnation": holding.incarnation}
+        return self._request("scrub", seconds=REBUILD_SECONDS, **which)
 
     def renew(self) -> None:
         """Put off the end of the lease."""

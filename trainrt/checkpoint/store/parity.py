@@ -303,12 +303,15 @@ class ParityKeeper:
 
     # Scrubbing.
 
-    async def op_scrub(self, _: dict[str, Any]) -> dict[str, Any]:
-        """Compare everything of the newest committed generation with its checksums, and decode anew what has rotted.
+    async def op_scrub(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Compare everything of a generation with its checksums, and decode anew what has rotted.
+
+        Without a `step` it is the newest committed one.
 
         Raises StoreError where it cannot be repaired: what is rotten is found again before it is used.
         """
-        generation = self._newest_committed()
+        named = (message["step"], message["incarnation"]) if "step" in message else None
+        generation = self._newest_committed() if named is None else self._store.generations.get(*named)
         if generation is None:
             return {"data": 0, "parity": 0}
         # Nothing writes into its slots while they are compared, whatever is committed meanwhile.
@@ -325,7 +328,9 @@ class ParityKeeper:
     def _scrub(self, generation: Generation) -> dict[str, int]:
         """Repaired blocks, of data and of parity."""
         group, parity = generation.group, generation.parity
-        members = self._members(generation, self._store.node)
+        # A successor's store holds what it decoded for another node, not members of its own.
+        here = generation.expected <= set(generation.members)
+        members = self._members(generation, self._store.node) if here else []
         node = NodeData([(member.bytes, cut(self._store.slots.map(member.slot))) for member in members])
         repaired = {"data": 0, "parity": 0}
         base = 0
