@@ -106,13 +106,20 @@ class Stores:
     def checked(self, holdings: list[Holding]) -> tuple[list[Holding], int]:
         """The holdings from the newest sound one on, and how many of its blocks had rotted and were decoded anew."""
         for number, holding in enumerate(holdings):
-            keepers = {node for nodes in holding.data.values() for node in nodes} & set(self._active)
-            try:
-                repaired = [self._admin(node).scrub(holding) for node in sorted(keepers)]
-            except StoreError:
-                continue
-            return holdings[number:], sum(found["data"] for found in repaired)
+            keepers = sorted({node for nodes in holding.data.values() for node in nodes} & set(self._active))
+            # Twice: parity can be coded anew only from data that another store has repaired.
+            first, second = self._scrub(keepers, holding), self._scrub(keepers, holding)
+            if len(second) == len(keepers):
+                return holdings[number:], sum(first) + sum(second)
         return [], 0
+
+    def _scrub(self, nodes: list[str], holding: Holding) -> list[int]:
+        """Blocks of data repaired, by each store in which all is well now."""
+        repaired = []
+        for node in nodes:
+            with suppress(StoreError):
+                repaired.append(self._admin(node).scrub(holding)["data"])
+        return repaired
 
     def rebuild(self, holding: Holding, *, seats: dict[int, str]) -> None:
         """Decode what a generation lost, into stores of nodes with ranks. Raises StoreError where that is not possible."""

@@ -93,14 +93,15 @@ Held = Callable[[str, int, int, int], bytes | None]
 
 def encode(
     generation: Generation, group: Group, parts: list[Part], out: np.ndarray, peers: Peers,
-    *, held: Held = lambda *_: None,
+    *, wait: bool = True, held: Held = lambda *_: None,
 ) -> int:  # fmt: skip
     """Fill a store's parity slot. Returns the bytes that came over the network.
 
+    `wait`: for data that is still being copied; else it is verified first, whatever its incarnation.
     Raises StoreError when a peer fails, or the generation is over.
     """
     code = Code(group.k, group.m)
-    fields = {"step": generation.step, "incarnation": generation.incarnation, "k": group.k, "wait": True}
+    fields = {"step": generation.step, "incarnation": generation.incarnation, "k": group.k, "wait": wait}
     pulled = 0
     for part in parts:
         for offset, length in buckets(part.length):

@@ -347,7 +347,7 @@ class ParityKeeper:
             if rotten:
                 anew = np.zeros_like(out)
                 with self._peers() as peers:
-                    encode(generation, group, parity.parts, anew, peers)
+                    encode(generation, group, parity.parts, anew, peers, wait=False)
                 for start, stop in rotten:
                     out[start:stop] = anew[start:stop]
             repaired["parity"] = len(rotten)
