@@ -278,7 +278,7 @@ class World:
             if self.random.random() < 0.5:
                 await self.deliver()
         for rank, name in enumerate(self.names):
-            await self.ask(self.nodes[name], "describe", rank, layout=[], bytes=BYTES)
+            await self.ask(self.nodes[name], "describe", rank, layout=[], bytes=BYTES, replicas=[])
 
     async def recover(self) -> None:
         """The driver's part: a new incarnation, an inventory, the newest state that can be had."""
