@@ -257,11 +257,13 @@ def main() -> None:
         # DCP writes where ours does: into memory, not onto a disk.
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
             context = mp.spawn(worker, (options, Path(folder), stores, run_id, queue), nprocs=RANKS, join=False)
-            for _ in range(options.rounds * len(ARMS)):
-                name, gathered = queue.get()
-                results[name].append(gathered)
-            while not context.join():
-                pass
+            over = False
+            while not over or not queue.empty():
+                if queue.empty():
+                    over = over or context.join(timeout=0.1)
+                else:
+                    name, gathered = queue.get()
+                    results[name].append(gathered)
     finally:
         for store in stores.values():
             StoreAdmin(store.address, TOKEN).shutdown()
