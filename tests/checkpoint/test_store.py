@@ -240,6 +240,8 @@ def test_a_killed_store_costs_snapshots_until_a_new_one_is_there(stores: Stores)
     stores.configure(1)
     for rank in RANKS:
         put(clients[rank], rank, 2)
+        # The new store begins to code before it knows of its second rank.
+        time.sleep(0.3)
     assert all(client.wait_committed(20) for client in clients.values())
     assert digest(stores.open(2)) == expected(2)
 

@@ -54,7 +54,8 @@ class ParityKeeper:
         if slot is None:
             return
         parity = generation.parity = Parity(slot, size, parts)
-        if self._mirror[0] != generation.incarnation:
+        # After a new start of this store some ranks may not have described themselves yet: then it is for a later one.
+        if self._mirror[0] != generation.incarnation and generation.expected <= set(store.described):
             self._make_mirror(generation, group, sizes)
         layouts = await store.in_thread(until_over, generation, lambda: self._code(generation, group, parity))
         if layouts is not None:

@@ -247,7 +247,12 @@ class Store:
 
     async def _protect(self, generation: Generation) -> None:
         """Code this store's parity, which begins before the trainers have copied everything."""
-        await self.keeper.encode(generation)
+        try:
+            await self.keeper.encode(generation)
+        except Exception as error:
+            # Waited for in vain it would stop all generations after it.
+            print(f"parity of step {generation.step}: {error!r}", file=sys.stderr, flush=True)
+            await self._tell_all("give_up", self._head(generation))
         generation.parity_over = True
         await self._settle(generation)
 
