@@ -69,11 +69,11 @@ def torn_copy(self, buffer, *arguments, **named):
     if ordered("copy"):
         buffer[: buffer.size // 2] = 77
         die()
-    return copy_into(self, buffer, *arguments, **named)
+    return copy_rest(self, buffer, *arguments, **named)
 
 
-copy_into = Snapshotter.copy_into
-Snapshotter.copy_into = torn_copy
+copy_rest = Snapshotter.copy_rest
+Snapshotter.copy_rest = torn_copy
 at_start(loop, "report", "report")
 at_start(NativeEngine, "_update", "optimizer")
 half_way(NativeEngine, "_gather", "collective", 0.001)

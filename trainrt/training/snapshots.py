@@ -77,9 +77,7 @@ class Snapshots:
         buffer = self.store.begin(step, checkpoint=checkpoint)
         if buffer is None:
             return
-        self._snapshotter.copy_buffers(buffer)
-        if self.store.mirror is not None:
-            self._snapshotter.copy_orders(*self.store.mirror, buffers=True)
+        self._snapshotter.copy_buffers(buffer, self.store.mirror)
         self._copying = self._thread.submit(self._copy, step, buffer, metadata, checkpoint)
         self.taken = step
         if checkpoint:
@@ -88,10 +86,10 @@ class Snapshots:
     def _copy(self, step: int, buffer: np.ndarray, metadata: dict[str, Any] | None, checkpoint: bool) -> None:
         assert self.store is not None
         store = self.store
-        self._snapshotter.copy_into(buffer, copied=lambda bytes: store.copied(step, bytes))
+        self._snapshotter.copy_rest(buffer, copied=lambda bytes: store.copied(step, bytes))
         store.seal(step, metadata=metadata, checkpoint=checkpoint)
         if store.mirror is not None:
-            self._snapshotter.copy_orders(*store.mirror, buffers=False)
+            self._snapshotter.copy_mirror(*store.mirror)
             store.mirrored(step)
 
     def before_update(self) -> None:

@@ -16,6 +16,7 @@ from trainrt.checkpoint.source import Source, fill
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Layout, LogicalTensor
 from trainrt.parallel.plan import Plan, Slot
+from trainrt.training.staging import SideStream
 
 BUCKET_BYTES = 16 << 20
 """How much is copied before the store is told: it begins to hash and code then."""
@@ -34,7 +35,8 @@ class StateHolder(Protocol):
 class Snapshotter:
     """Copies the state of one rank into a slot: views of the slot are made once per buffer.
 
-    Of what replicas hold, each copies its share. Buffers of the model come first: see `copy_into`.
+    Of what replicas hold, each copies its share. Only the optimizer changes most of it, so `copy_rest` may run beside
+    the next forward and backward; what a forward pass changes, `copy_buffers` copies before.
     """
 
     def __init__(self, holder: StateHolder) -> None:
@@ -45,34 +47,55 @@ class Snapshotter:
         self._shares = {rank: plan.slots(rank, roles, shared=True)[0] for rank in self.replicas}
         self._holder = holder
         self._views: dict[int, list[Tensor]] = {}
+        device = holder.tensor(self.slots[0].name, self.slots[0].role).device if self.slots else torch.device("cpu")
+        self._side = SideStream(device)
 
-    @torch.no_grad()
-    def copy_buffers(self, buffer: np.ndarray) -> None:
-        """The model's buffers, which a forward pass may change: to be copied before the next one."""
-        self._copy(buffer, [number for number, slot in enumerate(self.slots) if slot.role == "buffer"])
-
-    @torch.no_grad()
-    def copy_into(self, buffer: np.ndarray, *, copied: Callable[[int], None] = lambda _: None) -> None:
-        """One memory copy of everything; rounding to the parameter's dtype happens in it.
-
-        `copied` hears up to which byte the buffer is complete, every BUCKET_BYTES. Only the optimizer changes what
-        is copied here, so this may run beside the next forward and backward.
-        """
+    def copy_into(self, buffer: np.ndarray) -> None:
+        """All of the state, at once."""
         self.copy_buffers(buffer)
+        self.copy_rest(buffer)
+
+    @torch.no_grad()
+    def copy_buffers(
+        self, buffer: np.ndarray, mirror: tuple[np.ndarray, list[tuple[int, int, int, int]]] | None = None
+    ) -> None:
+        """The model's buffers, in the mirror as well (see `copy_mirror`), and the mark of the step that is kept.
+
+        To be called before the next forward pass is queued.
+        """
+        self._side.mark()
+        self._copy(buffer, [number for number, slot in enumerate(self.slots) if slot.role == "buffer"])
+        if mirror is not None:
+            self._copy_orders(*mirror, buffers=True)
+        self._side.hold_back()
+
+    @torch.no_grad()
+    def copy_rest(self, buffer: np.ndarray, *, copied: Callable[[int], None] = lambda _: None) -> None:
+        """One memory copy of all else; rounding to the parameter's dtype happens in it.
+
+        `copied` hears up to which byte the buffer is complete, every BUCKET_BYTES.
+        """
         wanted: list[int] = []
         start = 0
         for number, slot in enumerate(self.slots):
             if slot.base - start >= BUCKET_BYTES:
                 self._copy(buffer, wanted)
+                self._side.wait()
                 copied(slot.base)
                 wanted, start = [], slot.base
             if slot.role != "buffer":
                 wanted.append(number)
         self._copy(buffer, wanted)
+        self._side.wait()
 
     @torch.no_grad()
-    def copy_orders(self, mirror: np.ndarray, orders: list[tuple[int, int, int, int]], *, buffers: bool) -> None:
-        """Ranges (rank, start, stop, at) of replicas' shares, which are held here as well; of buffers, or of all else."""
+    def copy_mirror(self, mirror: np.ndarray, orders: list[tuple[int, int, int, int]]) -> None:
+        """Ranges (rank, start, stop, at) of replicas' shares, which are held here as well; without the model's buffers."""
+        self._copy_orders(mirror, orders, buffers=False)
+        self._side.wait()
+
+    def _copy_orders(self, mirror: np.ndarray, orders: list[tuple[int, int, int, int]], *, buffers: bool) -> None:
+        self._side.pin(mirror)
         flat, views, live = torch.from_numpy(mirror), [], []
         for rank, start, stop, at in orders:
             for slot in self._shares[rank]:
@@ -82,18 +105,16 @@ class Snapshotter:
                     elements = slice((first - slot.base) // item, (last - slot.base) // item)
                     live.append(self._live(slot).reshape(-1)[elements])
                     views.append(flat[at + first - start : at + last - start].view(getattr(torch, slot.dtype)))
-        if views:
-            torch._foreach_copy_(views, live)
+        self._side.copy(views, live)
 
     def _copy(self, buffer: np.ndarray, wanted: list[int]) -> None:
         address = buffer.__array_interface__["data"][0]
         if address not in self._views:
+            self._side.pin(buffer)
             flat = torch.from_numpy(buffer)
             self._views[address] = [_view(flat, slot) for slot in self.slots]
         views = [self._views[address][number] for number in wanted]
-        live = [self._live(self.slots[number]) for number in wanted]
-        if views:
-            torch._foreach_copy_(views, live)
+        self._side.copy(views, [self._live(self.slots[number]) for number in wanted])
 
     def _live(self, slot: Slot) -> Tensor:
         tensor = self._holder.tensor(slot.name, slot.role).detach()
