@@ -82,10 +82,25 @@ half_way(NativeEngine, "_gather", "collective", 0.001)
 def loss(model, batch):
     if ordered("forward"):
         die()
-    return cross_entropy_sum(model(batch["input_ids"]).logits, batch["labels"])
+    total, weight = cross_entropy_sum(model(batch["input_ids"]).logits, batch["labels"])
+    return (total * float("nan") if ordered("nan") else total), weight
 
 
 pipeline = Pipeline(loss=loss)
+"""
+CLOCK = """
+import os
+import time
+from pathlib import Path
+
+set_by, wall = Path({clock!r}), time.time
+
+
+def shifted():
+    return wall() + float(set_by.read_text())
+
+
+time.time = shifted
 """
 ENDLESS = 100000
 
@@ -94,21 +109,36 @@ class FaultyRun(Run):
     """A run of several nodes with one worker each, and what can be killed of it."""
 
     def __init__(
-        self, folder: Path, *, nodes: int, spares: int, m: int, steps: int = ENDLESS, mesh: dict[str, int] | None = None
-    ) -> None:
+        self, folder: Path, *options: str, nodes: int, spares: int, m: int, steps: int = ENDLESS,
+        mesh: dict[str, int] | None = None, checkpoints: int = 0,
+    ) -> None:  # fmt: skip
         (folder / "orders").mkdir(exist_ok=True)
         (folder / "faulty.py").write_text(MODULE.format(orders=str(folder / "orders")))
         job = write_job(
             folder / f"job-{steps}.toml",
             run={"steps": steps, "pipeline": "faulty:pipeline"},
-            optimizer={"schedule": "constant", "warmup_steps": 2},
+            optimizer={"schedule": "constant", "warmup_steps": 2, "non_finite": "rollback"},
             snapshot={"parity_shards": m},
-            checkpoint={"every": 0},
+            checkpoint={"every": checkpoints},
             parallel={} if mesh is None else {"mode": "explicit", **mesh},
             cluster={"nodes": nodes, "workers_per_node": 1, "spare_nodes": spares, "driver_grace_seconds": 60},
         )
-        super().__init__(folder / f"run-{steps}", job)
+        super().__init__(folder / f"run-{steps}", job, *options)
         self.nodes = nodes
+        self._clock = folder / "clock" / "set_by"
+        self._clock.parent.mkdir(exist_ok=True)
+        (self._clock.parent / "sitecustomize.py").write_text(CLOCK.format(clock=str(self._clock)))
+        self.set_clock(0)
+
+    def set_clock(self, seconds: float) -> None:
+        """Shift the wall clock of every Python process of this run, against the machine's."""
+        new = self._clock.with_suffix(".new")
+        new.write_text(str(seconds))
+        new.replace(self._clock)
+
+    def environment(self) -> dict[str, str]:
+        found = super().environment()
+        return {**found, "PYTHONPATH": os.pathsep.join([str(self._clock.parent), found["PYTHONPATH"]])}
 
     def order(self, place: str, rank: int) -> None:
         (self.directory.parent / "orders" / f"{place}-{rank}").touch()

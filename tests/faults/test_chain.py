@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.faults.faulty import FaultyRun, expect, undisturbed
 
-NODES, SPARES, PARITY = 4, 3, 2
+NODES, SPARES, PARITY = 4, 5, 2
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,47 @@ def test_two_nodes_die_at_once(run: FaultyRun) -> None:
     expect(incident, kind="node_loss", action="replace", restored_from="parity")
     assert set(incident["nodes"]) <= set(nodes)
     run.settled()
+
+
+def test_a_second_node_dies_while_the_first_is_replaced(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    first, second = run.seat(0), run.seat(3)
+    run.kill_node(first)
+    run.until(lambda: run.document("status")["state"] == "recovering", "recovery")
+    run.kill_node(second)
+    incidents = [run.incident(seen)]
+    run.settled()
+    incidents += run.lines("incidents")[seen + 1 :]
+    assert {node for incident in incidents for node in incident["nodes"]} == {first, second}
+    for incident in incidents:
+        expect(incident, kind="node_loss", action="replace", restored_from="parity")
+
+
+def test_a_loss_that_is_no_number_right_after_a_restore_is_tried_again(run: FaultyRun) -> None:
+    seen, _ = run.fault()
+    # The driver sleeps until the survivors wait in a collective: their next forward is that after the restore.
+    run.signal(signal.SIGSTOP)
+    run.kill("worker", run.seat(1), 1)
+    time.sleep(0.5)
+    run.order("nan", 2)
+    run.signal(signal.SIGCONT)
+    incidents = [run.incident(seen), run.incident(seen + 1)]
+    assert sorted(incident["kind"] for incident in incidents) == ["non_finite", "worker_exit"]
+    rolled = next(incident for incident in incidents if incident["kind"] == "non_finite")
+    expect(rolled, action="rollback", restored_from="memory")
+
+
+def test_the_clock_is_set_by_an_hour(run: FaultyRun) -> None:
+    seen, step = run.fault()
+    run.set_clock(3600)
+    run.until_step(step + 10)
+    worker = run.seat(1)
+    run.kill("worker", worker, 1)
+    expect(run.incident(seen), kind="worker_exit", ranks=[1], action="restart", restored_from="memory")
+    assert run.lines("metrics")[-1]["time"] > time.time() + 3000
+    run.set_clock(-3600)
+    run.until_step(run.step + 10)
+    assert len(run.lines("incidents")) == seen + 1
 
 
 def test_flipped_bits_in_data_and_parity_are_decoded_before_a_tensor_is_used(run: FaultyRun) -> None:

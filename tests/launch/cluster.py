@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.launch.hosts import Hosts
 from tests.launch.runs import alive, environment
 from trainrt.launch.cluster import free_port
 from trainrt.launch.guard import descendants
@@ -23,21 +24,29 @@ HEALTH_CHECKS = {
 
 
 class RayCluster:
-    """Nodes of separate `ray start --block` processes, without authentication, as by hand."""
+    """Nodes of separate `ray start --block` processes, without authentication, as by hand.
 
-    def __init__(self, scratch: Path) -> None:
-        self.port, self.scratch = free_port(), scratch
+    With `hosts` each but the head's runs on a host of its own.
+    """
+
+    def __init__(self, scratch: Path, *, hosts: Hosts | None = None) -> None:
+        self.port, self.scratch, self._hosts = free_port(), scratch, hosts
         self.short = Path(f"/tmp/joined-{os.getpid()}-{self.port}")
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self._place(0)}:{self.port}"
+
+    def _place(self, host: int) -> str:
+        return self._hosts.address_of(host) if self._hosts is not None else "127.0.0.1"
 
     def add(self) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        host = self._hosts.add() if self._hosts is not None and self.nodes else 0
+        words = self._hosts.prefix(host) if self._hosts is not None else []
+        words += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         words += ["--dashboard-agent-listen-port", "0", "--num-cpus", "2", "--temp-dir", str(self.short)]
-        words += ["--object-store-memory", str(80 * 2**20), "--node-ip-address", "127.0.0.1"]
+        words += ["--object-store-memory", str(80 * 2**20), "--node-ip-address", self._place(host)]
         head = ["--head", "--port", str(self.port), "--include-dashboard", "false"]
         head += ["--ray-client-server-port", str(free_port())]
         words += ["--address", self.address] if self.nodes else head

@@ -54,9 +54,13 @@ class Run:
         words = [sys.executable, "-m", "trainrt.cli", "launch", str(self.job), "--run-dir", str(self.directory)]
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                [*words, *self.options, *options], stdout=output, stderr=output, env=environment()
+                [*words, *self.options, *options], stdout=output, stderr=output, env=self.environment()
             )
         return self
+
+    def environment(self) -> dict[str, str]:
+        """Of the launch and all that it starts."""
+        return environment()
 
     def wait(self, *, seconds: float = PATIENCE_SECONDS) -> int:
         assert self.process is not None
@@ -128,10 +132,10 @@ class Run:
                 self.process.kill()
                 self.process.wait()
 
-    def leftovers(self) -> list[str]:
-        """Processes and files outside of the run directory that belong to this run."""
+    def processes(self) -> dict[int, str]:
+        """Those that have this run's id or directory on their command line."""
         run_id = self.document("status")["run_id"]
-        found = [str(path) for place in ("/dev/shm", "/tmp") for path in Path(place).glob(f"trainrt-{run_id}*")]
+        found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
@@ -139,8 +143,14 @@ class Run:
                 except OSError:
                     continue
                 if run_id in words or str(self.directory) in words:
-                    found.append(words.replace("\0", " "))
+                    found[int(entry.name)] = words.replace("\0", " ")
         return found
+
+    def leftovers(self) -> list[str]:
+        """Processes and files outside of the run directory that belong to this run."""
+        run_id = self.document("status")["run_id"]
+        files = [str(path) for place in ("/dev/shm", "/tmp") for path in Path(place).glob(f"trainrt-{run_id}*")]
+        return [*files, *self.processes().values()]
 
 
 def environment() -> dict[str, str]:

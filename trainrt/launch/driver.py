@@ -544,7 +544,11 @@ class Driver:
         """Order the next incarnation from the newest state there is."""
         running = self._running()
         self.growing = False
-        origin, steps_lost = running.order()
+        try:
+            origin, steps_lost = running.order()
+        except TrainrtError:
+            self.ledger.cannot_restore()
+            raise
         self.watch.begin(running.seats, time.monotonic())
         self.ledger.restored(origin.kind, steps_lost=steps_lost)
         self.protection.ordered(running)

@@ -64,6 +64,13 @@ class Ledger:
             incident.action = "stop"
             self.open(incident)
 
+    def cannot_restore(self) -> None:
+        """Nothing is left to go on from: the faults that are open end the run."""
+        for incident in self._open:
+            if incident.kind != STORE_LOSS:
+                incident.action = "stop"
+        self._keep()
+
     def last(self) -> Incident:
         """The fault that is being dealt with."""
         return [held for held in self._open if held.kind != STORE_LOSS][-1]

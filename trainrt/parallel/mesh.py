@@ -6,8 +6,12 @@ dp * fsdp ranks as efsdp * ep, with ep fastest. This is the one place that choos
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import psutil
 
 from trainrt.config import MeshSize
 
@@ -45,6 +49,21 @@ def choose_device(wanted: str) -> str:
 def backend_of(device: str) -> str:
     """The collective backend of a device type. CUDA has gloo beside NCCL for small CPU tensors."""
     return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+
+
+def talk_over_the_way_to(host: str) -> None:
+    """Have gloo and NCCL use the network interface that leads to `host`, unless the environment names another one.
+
+    By itself gloo takes the address that the hostname resolves to, which on many systems is a loopback.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Nothing is sent: connecting a datagram socket only chooses the way.
+        probe.connect((host, 9))
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in {address.address for address in addresses}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 @dataclass(frozen=True, slots=True)

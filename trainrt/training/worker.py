@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from trainrt.errors import Anomaly, CheckpointError, NonFinite, PeerLost, ReplicasDiffer, StoreError, TrainrtError
-from trainrt.parallel.mesh import backend_of
+from trainrt.parallel.mesh import backend_of, talk_over_the_way_to
 from trainrt.run_dir import RunDir
 from trainrt.training.control import Control
 from trainrt.training.job import Job, Spec
@@ -97,6 +97,7 @@ def join_group(spec: Spec) -> None:
     """Join the process group of this incarnation. A store key space per incarnation keeps old ones out."""
     host, _, port = spec.rendezvous.rpartition(":")
     timeout = timedelta(seconds=300)
+    talk_over_the_way_to(host)
     store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
     dist.init_process_group(
         backend_of(spec.device),

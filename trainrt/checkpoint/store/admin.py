@@ -60,7 +60,7 @@ def spawn(run_id: str, node: str, *, grace_seconds: float, token: str, host: str
 
 
 def _start(run_id: str, node: str, token: str, *, folder: Path, grace_seconds: float, host: str) -> None:
-    for stale in folder.glob("rank-*"):
+    for stale in folder.glob("*-slot-*"):
         stale.unlink()
     options = {
         "run_id": run_id, "node": node, "token": token, "grace_seconds": grace_seconds, "host": host,

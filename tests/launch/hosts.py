@@ -1,0 +1,100 @@
+"""Hosts with links of their own: network namespaces on one bridge. Needs root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+NOWHERE = "02:00:00:00:00:99"
+"""A hardware address that nobody has: what is sent there is lost without a word."""
+
+
+def can_make_hosts() -> bool:
+    return os.geteuid() == 0 and subprocess.run(["ip", "netns"], capture_output=True).returncode == 0
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+class Hosts:
+    """A bridge, whose first address is this machine's, and hosts 1, 2, ... behind it."""
+
+    def __init__(self) -> None:
+        self._bridge = f"tb{os.getpid()}"
+        self._net = f"10.{77 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
+        self._count = 0
+
+    @property
+    def address(self) -> str:
+        """This machine's, as the hosts see it."""
+        return self.address_of(0)
+
+    def address_of(self, host: int) -> str:
+        return f"{self._net}.{host + 1}"
+
+    def prefix(self, host: int) -> list[str]:
+        """What a command begins with that is to run on a host; nothing for this machine."""
+        return ["ip", "netns", "exec", self._name(host)] if host else []
+
+    def __enter__(self) -> Hosts:
+        ip("link", "add", self._bridge, "type", "bridge")
+        ip("addr", "add", f"{self.address}/24", "dev", self._bridge)
+        ip("link", "set", self._bridge, "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in range(1, self._count + 1):
+            ip("netns", "del", self._name(host))
+        ip("link", "del", self._bridge)
+
+    def add(self) -> int:
+        """One more host."""
+        self._count += 1
+        host, link = self._count, self._link(self._count)
+        ip("netns", "add", self._name(host))
+        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self._name(host))
+        ip("link", "set", link, "master", self._bridge, "up")
+        for words in (
+            ("link", "set", "lo", "up"),
+            ("addr", "add", f"{self.address_of(host)}/24", "dev", "eth0"),
+            ("link", "set", "eth0", "up"),
+            ("route", "add", "default", "via", self.address),
+        ):
+            ip("-n", self._name(host), *words)
+        return host
+
+    def host_of(self, pid: int) -> int:
+        """The host on which a process runs."""
+        name = ip("netns", "identify", str(pid)).strip()
+        return next((host for host in range(1, self._count + 1) if self._name(host) == name), 0)
+
+    def cut(self, host: int) -> None:
+        """A dead link: nothing comes from a host, nothing reaches it, nobody is told."""
+        ip("link", "set", self._link(host), "down")
+
+    def mend(self, host: int) -> None:
+        ip("link", "set", self._link(host), "up")
+
+    def silence(self, host: int) -> None:
+        """A link that is dead in one direction: the host hears everything, and nobody hears it."""
+        for other in range(self._count + 1):
+            if other != host:
+                self.lose(host, other)
+
+    def lose(self, host: int, other: int) -> None:
+        """What a host sends to another one is lost."""
+        where = ("-n", self._name(host)) if host else ()
+        device = "eth0" if host else self._bridge
+        ip(*where, "neigh", "replace", self.address_of(other), "lladdr", NOWHERE, "dev", device, "nud", "permanent")
+
+    def _name(self, host: int) -> str:
+        return f"{self._bridge}-{host}"
+
+    def _link(self, host: int) -> str:
+        return f"{self._bridge}v{host}"
+
+    def left(self) -> list[str]:
+        """What of it still exists."""
+        return [path.name for path in Path("/sys/class/net").glob(f"{self._bridge}*")]
