@@ -154,8 +154,10 @@ class Embedded:
                 self._nursery.kill()
                 self._nursery.wait()
         deadline = time.monotonic() + CLOSE_SECONDS
-        while (any(alive(guard) for guard in guards) or self._scratch.exists()) and time.monotonic() < deadline:
+        while any(alive(guard) for guard in guards) and time.monotonic() < deadline:
             time.sleep(0.02)
+        # Guards that were killed have left it.
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _node(self, name: str, index: int, cpus: int, gpus: int) -> NodeOrders:
         scratch = self._scratch / name
