@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.faulty import FaultyRun, undisturbed
+from tests.faults.faulty import FaultyRun, compare_with_undisturbed
 from tests.launch.runs import REPOSITORY
 
 NODES, PARITY = 4, 2
@@ -118,9 +118,7 @@ def main() -> None:
             run.end()
         step = run.document("status")["step"]
         print(f"an undisturbed run to step {step}, to compare with", flush=True)
-        other = undisturbed(Path(folder), nodes=NODES, m=PARITY, steps=step)
-        assert run.losses() == other.losses(), "the losses differ from those of an undisturbed run"
-        assert run.final() == other.final(), "the final state differs from that of an undisturbed run"
+        compare_with_undisturbed(run)
         assert run.leftovers() == []
     summary = (
         f"`python -m tests.faults.campaign --kills {options.kills} --seed {options.seed}`: {options.kills} faults in {step} "

@@ -105,6 +105,18 @@ time.time = shifted
 ENDLESS = 100000
 
 
+def faulty_job(folder: Path, *, steps: int, **sections: dict[str, Any]) -> Path:
+    """A job whose ranks look for orders, and which is otherwise the same with other clusters and snapshots."""
+    (folder / "orders").mkdir(exist_ok=True)
+    (folder / "faulty.py").write_text(MODULE.format(orders=str(folder / "orders")))
+    return write_job(
+        folder / f"job-{steps}.toml",
+        run={"steps": steps, "pipeline": "faulty:pipeline"},
+        optimizer={"schedule": "constant", "warmup_steps": 2, "non_finite": "rollback"},
+        **sections,
+    )
+
+
 class FaultyRun(Run):
     """A run of several nodes with one worker each, and what can be killed of it."""
 
@@ -112,19 +124,13 @@ class FaultyRun(Run):
         self, folder: Path, *options: str, nodes: int, spares: int, m: int, steps: int = ENDLESS,
         mesh: dict[str, int] | None = None, checkpoints: int = 0,
     ) -> None:  # fmt: skip
-        (folder / "orders").mkdir(exist_ok=True)
-        (folder / "faulty.py").write_text(MODULE.format(orders=str(folder / "orders")))
-        job = write_job(
-            folder / f"job-{steps}.toml",
-            run={"steps": steps, "pipeline": "faulty:pipeline"},
-            optimizer={"schedule": "constant", "warmup_steps": 2, "non_finite": "rollback"},
-            snapshot={"parity_shards": m},
-            checkpoint={"every": checkpoints},
-            parallel={} if mesh is None else {"mode": "explicit", **mesh},
-            cluster={"nodes": nodes, "workers_per_node": 1, "spare_nodes": spares, "driver_grace_seconds": 60},
-        )
-        super().__init__(folder / f"run-{steps}", job, *options)
-        self.nodes = nodes
+        sections = {
+            "snapshot": {"parity_shards": m},
+            "checkpoint": {"every": checkpoints},
+            "parallel": {} if mesh is None else {"mode": "explicit", **mesh},
+            "cluster": {"nodes": nodes, "workers_per_node": 1, "spare_nodes": spares, "driver_grace_seconds": 60},
+        }
+        super().__init__(folder / f"run-{steps}", faulty_job(folder, steps=steps, **sections), *options)
         self._clock = folder / "clock" / "set_by"
         self._clock.parent.mkdir(exist_ok=True)
         (self._clock.parent / "sitecustomize.py").write_text(CLOCK.format(clock=str(self._clock)))
@@ -184,22 +190,32 @@ class FaultyRun(Run):
         self.until_step(self.step + 3)
         return len(self.lines("incidents")), self.step
 
-    def final(self) -> dict[tuple[str, str], str]:
-        """Digests of the state with which the run ended."""
-        (path,) = sorted((self.directory / "checkpoints").glob("step-*"))[-1:]
-        return {(tensor["name"], tensor["role"]): tensor["digest"] for tensor in inspect(path)["tensors"]}
 
-    def losses(self) -> dict[int, float]:
-        return {line["step"]: line["loss"] for line in self.lines("metrics")}
+def final(run: Run) -> dict[tuple[str, str], str]:
+    """Digests of the state with which a run ended."""
+    (path,) = sorted((run.directory / "checkpoints").glob("step-*"))[-1:]
+    return {(tensor["name"], tensor["role"]): tensor["digest"] for tensor in inspect(path)["tensors"]}
 
 
-def undisturbed(folder: Path, *, nodes: int, m: int, steps: int, mesh: dict[str, int] | None = None) -> FaultyRun:
-    """The same job on the same mesh, with nothing killed, to the same step."""
-    run = FaultyRun(folder, nodes=nodes, spares=0, m=m, steps=steps, mesh=mesh)
-    run.launch()
-    assert run.wait(seconds=1200) == 0, run.text
-    assert run.lines("incidents") == []
-    return run
+def losses(run: Run) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in run.lines("metrics")}
+
+
+def compare_with_undisturbed(run: FaultyRun) -> None:
+    """The same ranks in the same mesh on one node, with nothing killed and no snapshots, to the same step."""
+    step = run.document("status")["step"]
+    assert [line["step"] for line in run.lines("metrics")] == list(range(1, step + 1)), "each step stands once"
+    mesh = run.document("plan")["mesh"]
+    job = faulty_job(
+        run.directory.parent, steps=step, snapshot={"every": 0}, checkpoint={"every": 0},
+        parallel={"mode": "explicit", **mesh},
+        cluster={"nodes": 1, "workers_per_node": run.document("plan")["world_size"]},
+    )  # fmt: skip
+    other = Run(run.directory.parent / f"run-{step}", job).launch()
+    assert other.wait(seconds=1200) == 0, other.text
+    assert other.lines("incidents") == []
+    assert losses(run) == losses(other), "the losses differ from those of an undisturbed run"
+    assert final(run) == final(other), "the final state differs from that of an undisturbed run"
 
 
 def expect(incident: dict[str, Any], **facts: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.faulty import FaultyRun, expect, undisturbed
+from tests.faults.faulty import FaultyRun, compare_with_undisturbed, expect
 from trainrt.checkpoint.store.admin import StoreAdmin
 from trainrt.launch.record import Folder, Record
 from trainrt.run_dir import RunDir
@@ -48,6 +48,4 @@ def test_a_node_of_replicas_is_decoded_from_parity_that_needed_no_network(
         assert run.wait() == 75
     finally:
         run.end()
-    other = undisturbed(tmp_path, nodes=NODES, m=1, steps=run.document("status")["step"], mesh=MESH)
-    assert run.losses() == other.losses()
-    assert run.final() == other.final()
+    compare_with_undisturbed(run)

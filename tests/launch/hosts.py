@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 NOWHERE = "02:00:00:00:00:99"
@@ -46,7 +49,12 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         for host in range(1, self._count + 1):
+            for pid in ip("netns", "pids", self._name(host)).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            ip("link", "del", self._link(host))
             ip("netns", "del", self._name(host))
+            shutil.rmtree(self._files(host))
         ip("link", "del", self._bridge)
 
     def add(self) -> int:
@@ -54,6 +62,11 @@ class Hosts:
         self._count += 1
         host, link = self._count, self._link(self._count)
         ip("netns", "add", self._name(host))
+        # What resolves names on a host: no server, and every address has a name.
+        self._files(host).mkdir(parents=True)
+        names = "".join(f"{self.address_of(other)} host{other}\n" for other in range(100))
+        (self._files(host) / "hosts").write_text(Path("/etc/hosts").read_text() + names)
+        (self._files(host) / "resolv.conf").touch()
         ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self._name(host))
         ip("link", "set", link, "master", self._bridge, "up")
         for words in (
@@ -91,6 +104,9 @@ class Hosts:
 
     def _name(self, host: int) -> str:
         return f"{self._bridge}-{host}"
+
+    def _files(self, host: int) -> Path:
+        return Path("/etc/netns") / self._name(host)
 
     def _link(self, host: int) -> str:
         return f"{self._bridge}v{host}"

@@ -64,6 +64,8 @@ class Worker:
     exit_code: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     why: str | None = None
+    incarnation: int = 0
+    killed: bool = False
 
 
 class Agent:
@@ -74,6 +76,7 @@ class Agent:
         self._run_dir = Path(orders.run_dir)
         self._events: list[Event] = []
         self._sequence = 0
+        self._incarnation = 0
         self._news = asyncio.Event()
         self._workers: dict[int, Worker] = {}
         self._forked: dict[int, Worker] = {}
@@ -130,8 +133,11 @@ class Agent:
         await self._end([worker for rank, worker in self._workers.items() if rank not in wanted], at_once=True)
         for spec in specs:
             worker = self._workers.get(spec["rank"])
+            if worker is not None and worker.killed:
+                await worker.ended.wait()
             if worker is None or worker.ended.is_set():
                 worker = await self._fork(spec["rank"])
+            worker.incarnation = self._incarnation = spec["incarnation"]
             self._send(worker, {"op": "start", "spec": spec})
 
     async def stop(self) -> None:
@@ -144,8 +150,9 @@ class Agent:
         for rank in ranks:
             worker = self._workers.get(rank)
             if worker is None:
-                self._tell({"type": "exited", "rank": rank, "pid": None, "code": None, "why": "was gone already"})
+                self._tell_exit(rank, self._incarnation, code=None, why="was gone already")
             else:
+                worker.killed = True
                 kill(worker.pid)
 
     async def take_stacks(self, number: int) -> None:
@@ -242,7 +249,10 @@ class Agent:
         worker.writer.close()
         if self._workers.get(worker.rank) is worker:
             del self._workers[worker.rank]
-            self._tell({"type": "exited", "rank": worker.rank, "pid": worker.pid, "code": code, "why": worker.why})
+            self._tell_exit(worker.rank, worker.incarnation, code=code, why=worker.why)
+
+    def _tell_exit(self, rank: int, incarnation: int, *, code: int | None, why: str | None) -> None:
+        self._tell({"type": "exited", "rank": rank, "incarnation": incarnation, "code": code, "why": why})
 
     # The zygote.
 

@@ -310,7 +310,7 @@ class Driver:
         match what["type"]:
             case "said":
                 return self._on_said(state, event, what["rank"], what["message"])
-            case "exited":
+            case "exited" if what["incarnation"] == self.status.fields["incarnation"]:
                 diagnosing = self._symptom(state, event.at)
                 age = max(0.0, now() - what["time"])
                 diagnosing.symptoms.exits[what["rank"]] = Exit(what["code"], age, what["why"])
@@ -342,17 +342,20 @@ class Driver:
 
     def _on_said(self, state: State, event: FromNode, rank: int, message: dict[str, Any]) -> State:
         running = self._running()
+        match message["op"]:
+            case "metrics":
+                self._on_metrics(message["line"])
+            case "incident":
+                self.ledger.write({**message["incident"], "time": now()})
+        if message["incarnation"] != self.status.fields["incarnation"]:
+            return state
         self.watch.heard(rank, message, time.monotonic())
         match message["op"]:
             case "step":
                 if running.progress.step(rank, message["step"]):
                     return self._stepped(state)
-            case "metrics":
-                self._on_metrics(message["line"])
             case "phase":
                 self.phases[message["name"]] = max(self.phases.get(message["name"], 0.0), round(message["seconds"], 3))
-            case "incident":
-                self.ledger.write({**message["incident"], "time": now()})
             case "lost":
                 diagnosing = self._symptom(state, event.at)
                 diagnosing.symptoms.parked[rank] = message["message"]
@@ -482,7 +485,7 @@ class Driver:
         unaccounted = symptoms.unaccounted()
         if unaccounted:
             if waited > RELEASE_SECONDS:
-                self._running().abandon()
+                self._running().abandon(lost=symptoms.nodes)
             if waited > PARK_SECONDS and not state.killed:
                 state.killed = True
                 symptoms.ended_by_us.update(unaccounted)

@@ -203,14 +203,14 @@ class Incarnation:
             raise TrainrtError(f"nothing is left to restore from: {missing}; there is no checkpoint")
         return Origin("parity", origin.step) if repaired and origin.kind == "memory" else origin
 
-    def abandon(self) -> None:
-        """This incarnation is over: its number is used up, and the stores let go who waits for it."""
+    def abandon(self, *, lost: Collection[str]) -> None:
+        """This incarnation is over: its number is used up, and the stores, but those of `lost` nodes, let go who waits for it."""
         if not self._abandoned:
             self._abandoned = True
             self.number += 1
-            self.configure_stores()
+            self.configure_stores(but=lost)
 
-    def configure_stores(self) -> None:
+    def configure_stores(self, *, but: Collection[str] = ()) -> None:
         """Tell the stores who belongs, and how much parity protects whom."""
         hosts = {node: site.place for node, site in self._ground.fleet.sites.items()}
         if self._config.snapshot.parity_shards == "auto":
@@ -221,7 +221,7 @@ class Incarnation:
                 seated, node_bytes=self.plan.estimate["state_bytes"] * self._config.cluster.workers_per_node,
                 memory_bytes=min(memory, default=0),
             )  # fmt: skip
-        self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats, hosts=hosts)
+        self._ground.stores.configure(incarnation=self.number, nodes_of_ranks=self.seats, hosts=hosts, but=but)
 
     def stores_absent(self, *, but: Collection[str]) -> bool:
         """Whether a node with ranks, other than the lost ones, has no store that answers."""

@@ -146,9 +146,14 @@ class Stores:
     def _admin(self, node: str) -> StoreAdmin:
         return StoreAdmin(self._active[node]["address"], self._secret)
 
-    def configure(self, *, incarnation: int, nodes_of_ranks: dict[int, str], hosts: Mapping[str, str]) -> None:
-        """Tell the stores of the nodes with ranks who belongs to this incarnation, and who protects whom."""
-        nodes = set(nodes_of_ranks.values()) & set(self._active)
+    def configure(
+        self, *, incarnation: int, nodes_of_ranks: dict[int, str], hosts: Mapping[str, str], but: Collection[str] = ()
+    ) -> None:
+        """Tell the stores of the nodes with ranks who belongs to this incarnation, and who protects whom.
+
+        `but` nodes that are lost and would not answer.
+        """
+        nodes = set(nodes_of_ranks.values()) & set(self._active) - set(but)
         addresses = {node: self._active[node]["address"] for node in sorted(nodes)}
         if not addresses:
             return

@@ -98,10 +98,11 @@ class Symptoms:
     hang: Hang | None = None
 
     def unaccounted(self) -> list[int]:
-        """Ranks that nothing is known of: still at work, or stuck."""
+        """Ranks that nothing is known of, still at work or stuck, and those whose end was ordered and has not come."""
+        said = (self.errors.keys() | self.parked.keys()) - self.ended_by_us
         return [
             rank for rank, node in self.seats.items()
-            if rank not in self.exits and rank not in self.errors and rank not in self.parked and node not in self.nodes
+            if rank not in self.exits and rank not in said and node not in self.nodes
         ]  # fmt: skip
 
     @property

@@ -21,6 +21,7 @@ class Control:
         self._socket = connection
         self._sending = threading.Lock()
         self._starts: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._incarnation = 0
         self.stop_requested = threading.Event()
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
@@ -43,6 +44,7 @@ class Control:
         spec = self._starts.get()
         while not self._starts.empty():
             spec = self._starts.get()
+        self._incarnation = spec["incarnation"]
         return spec
 
     def busy(self, name: str, *, worth: float = 1.0) -> None:
@@ -50,6 +52,7 @@ class Control:
         self.send("busy", name=name, worth=worth)
 
     def send(self, op: str, **fields: Any) -> None:
-        data = json.dumps({"op": op, **fields}).encode() + b"\n"
+        """Report, as of the incarnation that runs: what is heard of an older one counts no more."""
+        data = json.dumps({"op": op, "incarnation": self._incarnation, **fields}).encode() + b"\n"
         with self._sending:
             self._socket.sendall(data)

@@ -27,6 +27,10 @@ def pack(header: dict[str, Any], payload_bytes: int) -> bytes:
     return LENGTHS.pack(len(text), payload_bytes) + text
 
 
+CONNECT_SECONDS = 2.0
+"""A host that lives takes a connection at once, however busy the store is; in this time a lost packet is sent again."""
+
+
 class Connection:
     """A blocking connection to a store: one request at a time. `address` is a Unix path or "host:port"."""
 
@@ -40,7 +44,7 @@ class Connection:
                 self._socket.connect(address)
             else:
                 host, _, port = address.rpartition(":")
-                self._socket = socket.create_connection((host, int(port)), timeout_seconds)
+                self._socket = socket.create_connection((host, int(port)), min(CONNECT_SECONDS, timeout_seconds))
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise StoreError(f"store {address}: {error.strerror or error}") from error
