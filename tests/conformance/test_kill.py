@@ -14,10 +14,10 @@ from trainrt.checkpoint.inspect import inspect
 from trainrt.run_dir import RunDir
 
 SHORT = ("bf16 fsdp x ep 2",)
-STEPS = 40
+STEPS = 25
 
 
-def config_of(row: Row, tmp_path: Path) -> Any:
+def config_of(row: Row, tmp_path: Path, *, nodes: int) -> Any:
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(33 + (i * i // 7) % 31) for i in range(20000)))
     sizes = {"vocab_size": 320} | ({"max_position": 32} if row.kind == "moe_lm" else {})
@@ -27,8 +27,8 @@ def config_of(row: Row, tmp_path: Path) -> Any:
     document["data"] |= {"source": str(text)}
     document["run"] |= {"steps": STEPS}
     document["cluster"] |= {
-        "nodes": 1 if row.ranks == 3 else 2,
-        "workers_per_node": 3 if row.ranks == 3 else row.ranks // 2,
+        "nodes": nodes,
+        "workers_per_node": row.ranks // nodes,
     }
     document["checkpoint"] |= {"every": 0}
     document["evaluation"] = {"samples": 0}
@@ -47,12 +47,12 @@ def test_kill_and_restore(row: Row, tmp_path: Path, record_property: Any, reques
     if row.name not in SHORT and not request.config.getoption("--campaign"):
         pytest.skip("the long form runs with --campaign")
     record_property("cell", (row.name, "kill and restore"))
-    path = write_job(tmp_path, config_of(row, tmp_path))
     undisturbed, killed = RunDir(tmp_path / "undisturbed"), RunDir(tmp_path / "killed")
-    with launched(path, undisturbed.path) as process:
+    with launched(write_job(tmp_path, config_of(row, tmp_path, nodes=1)), undisturbed.path) as process:
         output = finish(process)
         assert process.returncode == 0, output
-    with launched(path, killed.path) as process:
+    nodes = 1 if row.ranks == 3 else 2
+    with launched(write_job(tmp_path, config_of(row, tmp_path, nodes=nodes)), killed.path) as process:
         wait_step(killed, 8)
         kill(killed, "worker", rank=row.ranks - 1)
         output = finish(process)

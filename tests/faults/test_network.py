@@ -17,6 +17,8 @@ NODES, SPARES, PARITY = 3, 2, 1
 
 @pytest.fixture(scope="module")
 def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    if not request.config.getoption("--campaign"):
+        pytest.skip("the long form runs with --campaign")
     if not can_make_hosts():
         pytest.skip("network namespaces need root")
     with Hosts() as hosts:

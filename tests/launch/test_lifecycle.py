@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 
 from tests.jobs import job
-from tests.launches import alive, finish, kill, launched, pids, wait_for, wait_step, write_job
+from tests.launches import alive, finish, launched, pids, wait_for, wait_step, write_job
 from tests.reference import validate
 from trainrt.checkpoint.inspect import verify
 from trainrt.config import JobConfig
 from trainrt.run_dir import RunDir
+
+ONE_NODE = {"nodes": 1, "workers_per_node": 2}
+"""Starts faster, where the number of nodes makes no difference."""
 
 
 def small(folder: Path, *, steps: int = 60, mesh: dict[str, int] | None = None, **sections: Any) -> JobConfig:
@@ -119,7 +122,7 @@ def test_a_signal_ends_with_a_checkpoint_and_the_same_command_goes_on(
 
 def test_a_directory_in_use_is_refused_and_status_and_stop_work(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
-    path = write_job(tmp_path, small(tmp_path, steps=100000))
+    path = write_job(tmp_path, small(tmp_path, steps=100000, cluster=ONE_NODE))
     started = cli("launch", str(path), "--run-dir", str(run_dir.path), "--detach")
     assert started.returncode == 0, started.stderr
     wait_step(run_dir, 3)
@@ -154,7 +157,7 @@ pipeline = Pipeline(collate=strict_collate)
 def test_a_users_exception_is_told_once_and_stops_the_job(tmp_path: Path) -> None:
     (tmp_path / "my_pipeline.py").write_text(RAISES)
     run_dir = RunDir(tmp_path / "run")
-    config = small(tmp_path, run={"pipeline": "my_pipeline:pipeline", "steps": 60})
+    config = small(tmp_path, run={"pipeline": "my_pipeline:pipeline", "steps": 60}, cluster=ONE_NODE)
     code, output = run(write_job(tmp_path, config), run_dir)
     assert code == 1, output
     assert output.count("the ninth batch is cursed") <= 2, output
@@ -169,10 +172,10 @@ def test_a_users_exception_is_told_once_and_stops_the_job(tmp_path: Path) -> Non
 def test_an_infinite_loss_stops_or_is_skipped_as_the_job_says(tmp_path: Path) -> None:
     explosive = {"learning_rate": 1e30, "clip": 0.0, "warmup_steps": 0}
     stopped, skipped = RunDir(tmp_path / "stopped"), RunDir(tmp_path / "skipped")
-    code, output = run(write_job(tmp_path, small(tmp_path, optimizer=explosive, steps=12)), stopped)
+    code, output = run(write_job(tmp_path, small(tmp_path, optimizer=explosive, steps=12, cluster=ONE_NODE)), stopped)
     assert code == 1 and "non_finite" in output, output
     assert stopped.read_incidents()[-1]["kind"] == "non_finite"
-    config = small(tmp_path, optimizer={**explosive, "non_finite": "skip"}, steps=12)
+    config = small(tmp_path, optimizer={**explosive, "non_finite": "skip"}, steps=12, cluster=ONE_NODE)
     code, output = run(write_job(tmp_path, config), skipped)
     assert code == 0, output
     assert {(i["kind"], i["action"]) for i in skipped.read_incidents()} == {("non_finite", "skip")}
@@ -186,55 +189,12 @@ def test_a_port_in_use_is_left_for_the_next_free_one(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         run_dir = RunDir(tmp_path / "run")
-        config = small(tmp_path, steps=5, diagnostics={"dashboard": True, "port": port})
+        config = small(tmp_path, steps=5, diagnostics={"dashboard": True, "port": port}, cluster=ONE_NODE)
         code, output = run(write_job(tmp_path, config), run_dir)
         assert code == 0, output
         assert "http://127.0.0.1:" in output and f"http://127.0.0.1:{port}\n" not in output
         refused = cli("dashboard", str(run_dir.path), "--port", str(port))
         assert refused.returncode == 2 and f"--port {port}" in refused.stderr
-
-
-@pytest.fixture(scope="module")
-def without_a_store(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run whose store was killed on the way: no rank was disturbed."""
-    folder = tmp_path_factory.mktemp("store")
-    run_dir = RunDir(folder / "run")
-    with launched(write_job(folder, small(folder, steps=150)), run_dir.path) as process:
-        wait_step(run_dir, 10)
-        kill(run_dir, "store", node="n1")
-        output = finish(process)
-    assert process.returncode == 0, output
-    return run_dir
-
-
-def test_the_store_may_die_and_training_goes_on(without_a_store: RunDir) -> None:
-    run_dir = without_a_store
-    assert [incident["kind"] for incident in run_dir.read_incidents()] == ["store_loss"]
-    assert verify(run_dir.checkpoint(150))["ok"]
-    assert {line["incarnation"] for line in run_dir.read_metrics()} <= {1, 2}
-
-
-def test_a_killed_driver_is_replaced_by_the_same_command(tmp_path: Path, without_a_store: RunDir) -> None:
-    run_dir = RunDir(tmp_path / "run")
-    path = write_job(tmp_path, small(tmp_path, steps=150))
-    with launched(path, run_dir.path) as process:
-        wait_step(run_dir, 20)
-        process.kill()
-        process.communicate()
-        done = max(line["step"] for line in run_dir.read_metrics())
-        stores = [e["pid"] for e in (run_dir.read_cluster() or {})["processes"] if e["role"] == "store"]
-    assert all(alive(pid) for pid in stores), "stores outlive the driver"
-    with launched(path, run_dir.path) as process:
-        output = finish(process)
-    assert process.returncode == 0, output
-    incident = run_dir.read_incidents()[-1]
-    assert (incident["kind"], incident["restored_from"]) == ("driver_loss", "memory")
-    assert incident["steps_lost"] <= 1
-    assert done < 150
-    same = ("step", "loss", "grad_norm", "samples_digest")
-    ours, theirs = run_dir.read_metrics(), without_a_store.read_metrics()
-    assert [[line[key] for key in same] for line in ours] == [[line[key] for key in same] for line in theirs]
-    wait_for(lambda: not any(alive(pid) for pid in stores), "end of the stores", timeout=20)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small /dev/shm of one's own needs root")
@@ -256,7 +216,7 @@ def test_no_room_in_shared_memory_costs_snapshots_and_not_the_run(tmp_path: Path
 def test_no_room_for_checkpoints_is_said_and_training_goes_on_to_its_end(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")
     run_dir.create()
-    path = write_job(tmp_path, small(tmp_path, steps=30, checkpoint={"every": 10}))
+    path = write_job(tmp_path, small(tmp_path, steps=30, checkpoint={"every": 10}, cluster=ONE_NODE))
     script = (
         f"mount -t tmpfs -o size=100k tmpfs {run_dir.checkpoints} && "
         f"exec {sys.executable} -m trainrt.cli launch {path} --run-dir {run_dir.path}"
