@@ -1,6 +1,6 @@
 """What snapshots cost a training step: ours in a group of 3 + 1 stores, and torch's DCP `async_save`, against none.
 
-    python -m benchmarks.snapshot [--rounds 5] [--steps 20] [--megabytes 400] [--step-seconds 1.0]
+    python -m benchmarks.snapshot [--rounds 5] [--steps 20] [--megabytes 400] [--step-seconds 1.0] [--arms none,ours 1]
 
 Four ranks in one process group, each with its own store as if it were a node; each holds that much state (parameters, exp_avg,
 exp_avg_sq in float32) and steps together with the others. A step is a real forward, backward and AdamW update of a rank's own
@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import async_save
 
+from benchmarks.snapshot_peers import Flash, Gemini, installed
 from trainrt.checkpoint.store.admin import StoreAddress, StoreAdmin, spawn
 from trainrt.checkpoint.store.client import SnapshotClient, open_generation
 from trainrt.checkpoint.store.group import choose_groups
@@ -179,12 +180,20 @@ def play(state: State, arm: Arm, *, steps: int, step_seconds: float) -> dict[str
 
 def make(name: str, state: State, folder: Path, stores: dict[str, StoreAddress], run_id: str, incarnation: int) -> Arm:
     kind, _, every = name.partition(" ")
-    if kind == "ours":
-        return Ours(state, int(every), stores, run_id, incarnation)
-    return Dcp(state, int(every), folder) if kind == "dcp" else Nothing()
+    match kind:
+        case "ours":
+            return Ours(state, int(every), stores, run_id, incarnation)
+        case "dcp":
+            return Dcp(state, int(every), folder)
+        case "gemini":
+            return Gemini(state, int(every), folder, incarnation)
+        case "flash":
+            return Flash(state, int(every), folder, RANKS)
+    return Nothing()
 
 
-ARMS = ("none", "ours 1", "ours 10", "dcp 1", "dcp 10")
+PEERS = ("dcp", *installed())
+ARMS = ("none", *(f"{kind} {every}" for kind in ("ours", *PEERS) for every in (1, 10)))
 
 
 def configure(stores: dict[str, StoreAddress], incarnation: int, folder: Path) -> None:
@@ -207,7 +216,8 @@ def worker(
     state.optimizer.step()
     incarnation = 0
     for number in range(options.rounds):
-        for name in ARMS[number % len(ARMS) :] + ARMS[: number % len(ARMS)]:
+        arms = options.arms
+        for name in arms[number % len(arms) :] + arms[: number % len(arms)]:
             incarnation += 1
             if rank == 0:
                 configure(stores, incarnation, folder)
@@ -248,6 +258,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--megabytes", type=float, default=400.0)
     parser.add_argument("--step-seconds", type=float, default=1.0)
+    parser.add_argument("--arms", type=lambda text: tuple(text.split(",")), default=ARMS)
     options = parser.parse_args()
     run_id = os.urandom(4).hex()
     stores = {f"n{rank}": spawn(run_id, f"n{rank}", grace_seconds=3600, token=TOKEN) for rank in range(RANKS)}
