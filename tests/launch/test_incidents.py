@@ -69,3 +69,16 @@ def test_the_next_driver_holds_what_a_killed_one_left_open(tmp_path: Path) -> No
     (line,) = run_dir.read_incidents()
     assert line["kind"] == "worker_exit" and 0 <= line["recovered_seconds"] < 60
     assert ledger(tmp_path)[0].store_lost is False
+
+
+def test_the_loss_of_a_node_takes_in_that_of_its_store(tmp_path: Path) -> None:
+    held, run_dir = ledger(tmp_path)
+    held.open(fault("store_loss", nodes=["n1"]))
+    held.open(fault("store_loss", nodes=["n2"]))
+    held.open(fault("node_loss", nodes=["n1"]))
+    held.stepped()
+    held.protected()
+    assert [(line["kind"], line["nodes"]) for line in run_dir.read_incidents()] == [
+        ("node_loss", ["n1"]),
+        ("store_loss", ["n2"]),
+    ]

@@ -52,6 +52,10 @@ class Ledger:
         self._open = [Incident(**{**entry, "detected_at": entry["detected_at"] - age}) for entry in left["open"]]
 
     def open(self, incident: Incident) -> None:
+        """A fault. The loss of a node takes in that of its store, which may have been heard of first."""
+        if incident.kind == "node_loss":
+            lost = [held for held in self._open if held.kind == STORE_LOSS and set(held.nodes) <= set(incident.nodes)]
+            self._open = [held for held in self._open if held not in lost]
         self._open.append(incident)
         self._keep()
 
