@@ -141,13 +141,17 @@ class Dcp:
     def __init__(self, state: State, every: int, folder: Path) -> None:
         self._state, self._every, self._folder = state, every, folder
         self._saving: Any = None
+        # Its thread's collectives must not meet the trainer's.
+        self._group = dist.new_group(backend="gloo")
 
     def before_update(self) -> None: ...
 
     def after_update(self, step: int, step_seconds: float) -> None:
         if step % self._every == 0:
             self._wait()
-            self._saving = async_save(self._state.tensors(), checkpoint_id=self._folder / f"step-{step % 2}")
+            self._saving = async_save(
+                self._state.tensors(), checkpoint_id=self._folder / f"step-{step % 2}", process_group=self._group
+            )
 
     def _wait(self) -> None:
         if self._saving is not None:
