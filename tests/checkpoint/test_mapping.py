@@ -54,8 +54,10 @@ def written(
 def read_back(
     rules: list[Rule], arrays: list[tuple[StoredArray, np.ndarray]], **variables: Any
 ) -> tuple[dict[str, np.ndarray], list[StoredArray]]:
-    local = variables.pop("local", lambda _: {})
-    layout, unknown, _ = compile_reading(rules, [array for array, _ in arrays], variables=variables, local=local)
+    local, shapes = variables.pop("local", lambda _: {}), variables.pop("shapes", None)
+    layout, unknown, _ = compile_reading(
+        rules, [array for array, _ in arrays], variables=variables, local=local, shapes=shapes
+    )
     storages = {(rank, array.storage): data.reshape(-1).view(np.uint8) for array, data in arrays for rank in range(64)}
     source = MemorySource(layout, storages)
     found = {t.name: read_whole(source, t).view(np.int32).reshape(t.shape) for t in layout.tensors.values()}
@@ -98,6 +100,21 @@ def test_a_layer_of_everything_goes_there_and_back(
     found, unknown = read_back(rules, arrays, groups=groups * tp, heads=heads)
     assert unknown == []
     same(found, values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4))
+def test_flat_ranges_cross_tensors_and_come_back(dp: int, multiple: int, sizes: list[list[int]]) -> None:
+    shapes = {f"t{number}": tuple(size) for number, size in enumerate(sizes)}
+    joined = ", ".join(f'"{name}"' for name in shapes)
+    each = ", ".join(f'partition("{name}", axis="dp")' for name in shapes)
+    for rule in (
+        Rule("flat", f'partition({joined}, axis="dp", multiple={multiple})'),
+        Rule("flat", f"concat({each}, sizes=({', '.join(str(-(-int(np.prod(s)) // dp)) for s in shapes.values())},))"),
+    ):
+        arrays, values = written([rule], shapes, {"dp": dp})
+        found, _ = read_back([rule], arrays, shapes=shapes)
+        same(found, values)
 
 
 def test_layers_are_counted_over_pipeline_stages_and_what_is_at_the_ends_is_there_only() -> None:

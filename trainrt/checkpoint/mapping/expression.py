@@ -9,6 +9,7 @@ An expression says of one stored array which logical tensors lie in it, and how:
     stack("experts.{e}.w", over="e")      one for each value of a placeholder, along a new dimension
     transpose("w")                        dimensions in another order
     pad("w", length=v, multiple=n)        filled up with zeros
+    partition("a", "b", axis="dp")        flattened, joined, and cut into equal ranges (ZeRO)
 
 Nothing is added or averaged in it, so an expression is exact in both directions. Read from what is stored, shapes go down
 (`resolve`): the stored arrays' shapes give the logical ones. Then boxes come up (`patches`): which box of which logical tensor
@@ -18,12 +19,13 @@ lies where in the array of one coordinate.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from trainrt.errors import LayoutError
-from trainrt.parallel.layout import Box
+from trainrt.parallel.layout import Box, contiguous_strides, flat_range
 
 Shape = tuple[int, ...]
 Coordinate = Mapping[str, int]
@@ -44,6 +46,8 @@ class Patch:
     box: Box
     offset: Shape
     axes: tuple[int, ...]
+    steps: Shape | None = None
+    """In a flat array: how far apart, in elements, neighbours along each of the box's dimensions lie."""
 
     def shifted(self, dim: int, by: int) -> Patch:
         moved = list(self.offset)
@@ -52,6 +56,8 @@ class Patch:
 
     def cut(self, dim: int, start: int, length: int) -> Patch | None:
         """The part inside [start, start + length) of one dimension of the array, seen from `start`; None where there is none."""
+        if self.steps is not None:
+            raise LayoutError(f"{self.name}: what is flat cannot be cut again")
         at = self.offset[dim]
         if dim not in self.axes:
             return self.shifted(dim, -start) if start <= at < start + length else None
@@ -210,7 +216,8 @@ class Interleave:
         for number, child in enumerate(self.children):
             for patch in child.patches(known, at):
                 for group in range(self.groups):
-                    piece = patch.cut(self.dim, group * lengths[number], lengths[number])
+                    whole = self.groups == 1
+                    piece = patch if whole else patch.cut(self.dim, group * lengths[number], lengths[number])
                     if piece is not None:
                         yield piece.shifted(self.dim, group * sum(lengths) + sum(lengths[:number]))
 
@@ -303,3 +310,67 @@ class Pad:
 
     def patches(self, known: Shapes, at: Coordinate) -> Iterator[Patch]:
         return self.child.patches(known, at)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Arrays flattened and joined; with `axis` the equal range of it that an index holds, each a multiple of `multiple` (ZeRO).
+
+    What lies beyond the last array is filled up with zeros, or missing in the last range.
+    """
+
+    children: tuple[Expression, ...]
+    axis: str | None = None
+    multiple: int = 1
+
+    def resolve(self, pieces: Pieces, found: Shapes) -> None:
+        """Shapes do not show in what is flat: they must be known. Learns how long a range is."""
+        for place, shape in pieces.items():
+            rest = frozen({axis: index for axis, index in place if axis != self.axis})
+            held = found.lengths.setdefault((id(self), rest), [0])
+            held[0] = max(held[0], shape[0])
+        for place, _ in pieces.items():
+            count = 1 + max(dict(other)[self.axis] for other in pieces) if self.axis is not None else 1
+            total = self._total(found, dict(place))
+            if self._range(found, dict(place)) * count < total:
+                raise LayoutError(
+                    f"{count} ranges of {self._range(found, dict(place))} elements are fewer than {total}"
+                )
+
+    def _total(self, known: Shapes, at: Coordinate) -> int:
+        return sum(math.prod(child.shape(known, at)) for child in self.children)
+
+    def _range(self, known: Shapes, at: Coordinate) -> int:
+        rest = frozen({axis: index for axis, index in at.items() if axis != self.axis})
+        if (id(self), rest) in known.lengths:
+            return known.lengths[id(self), rest][0]
+        count = known.axes[self.axis] if self.axis is not None else 1
+        return -(-self._total(known, at) // (count * self.multiple)) * self.multiple
+
+    def shape(self, known: Shapes, at: Coordinate) -> Shape:
+        return (self._range(known, at),)
+
+    def patches(self, known: Shapes, at: Coordinate) -> Iterator[Patch]:
+        length = self._range(known, at)
+        low = at[self.axis] * length if self.axis is not None else 0
+        base = 0
+        for child in self.children:
+            shape = child.shape(known, at)
+            first, last = max(low, base), min(low + length, base + math.prod(shape))
+            if first < last:
+                for box, position in flat_range(shape, first - base, last - base):
+                    yield from _flattened(child.patches(known, at), box, first - low + position)
+            base += math.prod(shape)
+
+
+def _flattened(patches: Iterator[Patch], box: Box, at: int) -> Iterator[Patch]:
+    """What lies in a box of an array, when the box is laid out flat from `at` on."""
+    strides = contiguous_strides(box.length)
+    for patch in patches:
+        piece: Patch | None = patch
+        for dim, (start, length) in enumerate(zip(box.offset, box.length, strict=True)):
+            piece = piece.cut(dim, start, length) if piece is not None else None
+        if piece is not None:
+            offset = at + sum(o * s for o, s in zip(piece.offset, strides, strict=True))
+            steps = tuple(strides[axis] for axis in piece.axes)
+            yield replace(piece, offset=(offset,), axes=(0,) * len(piece.axes), steps=steps)

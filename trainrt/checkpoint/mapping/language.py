@@ -13,7 +13,16 @@ import ast
 import re
 from collections.abc import Callable, Mapping
 
-from trainrt.checkpoint.mapping.expression import Expression, Interleave, Pad, Shard, Stack, Tensor, Transpose
+from trainrt.checkpoint.mapping.expression import (
+    Expression,
+    Interleave,
+    Pad,
+    Partition,
+    Shard,
+    Stack,
+    Tensor,
+    Transpose,
+)
 from trainrt.errors import ConfigError, nearest
 
 BRACES = re.compile(r"\{([^{}]+)\}")
@@ -28,6 +37,7 @@ FORMS: dict[str, set[str]] = {
     "stack": {"over", "dim"},
     "transpose": {"order"},
     "pad": {"length", "multiple", "dim"},
+    "partition": {"axis", "multiple"},
 }
 """What each form takes by name."""
 
@@ -121,6 +131,8 @@ class _Maker:
         children = tuple(self.make(argument, values) for argument in arguments)
         if form in ("concat", "interleave"):
             return Interleave(children, integer("groups", 1), dim, self._numbers(given.get("sizes"), values))
+        if form == "partition":
+            return Partition(children, self._word(given.get("axis"), "axis"), integer("multiple", 1))
         if len(children) != 1:
             raise self._wrong(f"{form} takes one array")
         if form == "transpose":

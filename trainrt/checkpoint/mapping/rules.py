@@ -36,7 +36,9 @@ class StoredArray:
         """Where a patch of this array lies in the file."""
         strides = contiguous_strides(self.shape) if self.strides is None else self.strides
         start = self.start + sum(at * step for at, step in zip(patch.offset, strides, strict=True))
-        return Fragment(rank, patch.box, self.storage, tuple(strides[axis] for axis in patch.axes), start, self.base)
+        steps = patch.steps if patch.steps is not None else (1,) * len(patch.axes)
+        along = tuple(strides[axis] * step for axis, step in zip(patch.axes, steps, strict=True))
+        return Fragment(rank, patch.box, self.storage, along, start, self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,10 @@ Local = Callable[[Coordinate], Mapping[str, int]]
 
 
 def compile_reading(
-    rules: Sequence[Rule], arrays: Iterable[StoredArray], *, variables: Mapping[str, int], local: Local = lambda _: {}
-) -> tuple[Layout, list[StoredArray], dict[int, Coordinate]]:
-    """The layout of all logical tensors in these arrays.
+    rules: Sequence[Rule], arrays: Iterable[StoredArray], *, variables: Mapping[str, int], local: Local = lambda _: {},
+    shapes: Mapping[str, Shape] | None = None,
+) -> tuple[Layout, list[StoredArray], dict[int, Coordinate]]:  # fmt: skip
+    """The layout of all logical tensors in these arrays. `shapes`: those that are known, and do not show in what is stored.
 
     Returns it, the arrays that no rule knows, and the coordinate that each `rank` of the layout stands for.
     Raises LayoutError where shapes contradict each other.
@@ -88,19 +91,21 @@ def compile_reading(
     ranks: dict[tuple[tuple[str, int], ...], int] = {}
     groups: dict[tuple[int, str, tuple[str, ...]], list[tuple[StoredArray, dict[str, int]]]] = defaultdict(list)
     unknown = []
+    exact = {rule.stored: number for number, rule in enumerate(rules) if "{" not in rule.stored}
+    patterns = [number for number, rule in enumerate(rules) if "{" in rule.stored]
     for array in arrays:
         ranks.setdefault(frozen(array.at), len(ranks))
-        for number, rule in enumerate(rules):
-            values = rule.matches(array.name)
-            if values is not None:
-                values = {**variables, **local(array.at), **values}
-                groups[number, array.role, tuple(_identity(rule, values))].append((array, values))
+        for number in [exact[array.name]] if array.name in exact else patterns:
+            matched = rules[number].matches(array.name)
+            if matched is not None:
+                values = {**variables, **local(array.at), **matched}
+                groups[number, array.role, tuple(_identity(rules[number], values))].append((array, values))
                 break
         else:
             unknown.append(array)
     layout = Layout()
     for (number, _, _), held in groups.items():
-        _read_group(rules[number], held, layout, ranks)
+        _read_group(rules[number], held, layout, ranks, Shapes(shapes))
     return layout, unknown, {rank: dict(place) for place, rank in ranks.items()}
 
 
@@ -122,21 +127,20 @@ def _partly(template: str, values: Mapping[str, int]) -> str:
 
 
 def _read_group(
-    rule: Rule,
-    held: list[tuple[StoredArray, dict[str, int]]],
-    layout: Layout,
-    ranks: dict[tuple[tuple[str, int], ...], int],
-) -> None:
+    rule: Rule, held: list[tuple[StoredArray, dict[str, int]]], layout: Layout,
+    ranks: dict[tuple[tuple[str, int], ...], int], found: Shapes,
+) -> None:  # fmt: skip
     """Arrays of one rule that hold the same tensors, at several coordinates."""
     expression = language.make(rule.holds, held[0][1])
     pieces: Pieces = {frozen(array.at): array.shape for array, _ in held}
-    found = Shapes()
     try:
         expression.resolve(pieces, found)
         for array, _ in held:
             for patch in expression.patches(found, array.at):
                 tensor = LogicalTensor(patch.name, array.role, array.dtype, found.tensors[patch.name])
                 layout.add(tensor, array.fragment(patch, ranks[frozen(array.at)]))
+    except KeyError as error:
+        raise LayoutError(f"{held[0][0].name}: the shape of {error.args[0]} is not known") from error
     except LayoutError as error:
         raise LayoutError(f"{held[0][0].name}: {error}") from error
 

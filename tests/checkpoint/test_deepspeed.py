@@ -1,0 +1,50 @@
+"""ZeRO checkpoints that DeepSpeed wrote, read as logical tensors, bit for bit as DeepSpeed itself puts them together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.checkpoint.frameworks import make
+from trainrt.checkpoint.formats import deepspeed
+from trainrt.checkpoint.source import read_whole
+
+pytest.importorskip("deepspeed")
+
+CASES: dict[str, dict[str, Any]] = {
+    "zero 1": {"stage": 1, "world": 2},
+    "zero 2, bfloat16, groups": {"stage": 2, "world": 3, "dtype": "bfloat16", "groups": True},
+    "zero 3, sub-groups": {"stage": 3, "world": 2, "sub_group_size": 4000},
+    "zero 3, bfloat16, groups, frozen": {
+        "stage": 3, "world": 3, "dtype": "bfloat16", "groups": True, "frozen": ["model.embed_tokens.weight"],
+    },
+    "zero 1, tied, one rank": {"stage": 1, "world": 1, "model": {"tie_word_embeddings": True}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_masters_and_moments_are_those_of_deepspeed(options: dict[str, Any], tmp_path: Path) -> None:
+    expected = make("deepspeed", tmp_path, **options)
+    opened = deepspeed.open_checkpoint(tmp_path / "checkpoint")
+    assert opened.unknown == [] and opened.step == 3
+    low = options.get("dtype") == "bfloat16"
+    for key, value in expected.items():
+        role, _, name = key.partition("/")
+        role = role if low or role != "master" else "parameter"
+        tensor = opened.source.layout.tensors[name, role]
+        found = read_whole(opened.source, tensor).view(np.float32).reshape(tensor.shape)
+        assert np.array_equal(found, value), key
+        assert opened.metadata["optimizer"]["steps"][name] == 3
+    held = {name for name, role in opened.source.layout.tensors if role == "parameter"}
+    trained = {key.partition("/")[2] for key in expected}
+    assert held == trained | set(options.get("frozen", ()))
+    assert opened.metadata["aliases"] == (
+        {"lm_head.weight": "model.embed_tokens.weight"} if options.get("model") else {}
+    )
+    groups = opened.metadata["optimizer"]["groups"]
+    assert [group["hyperparameters"]["weight_decay"] for group in groups] == (
+        [0.1, 0.0] if options.get("groups") else [0.01]
+    )

@@ -1,0 +1,90 @@
+"""Files of `torch.save`: what is in them without loading it, and where its bytes lie.
+
+A pickle is a program. These are read by torch's restricted unpickler (`weights_only`): it builds tensors, plain containers and
+the classes named here, and those as stand-ins that hold what was pickled and can do nothing. Tensors come without data (fake);
+their bytes are read where they lie in the zip file, after its checksum (CRC-32) has been compared.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trainrt.checkpoint.mapping.rules import StoredArray
+from trainrt.errors import CheckpointError
+
+__all__ = ["array_of", "load", "records", "tensors_of"]
+
+
+class StandIn:
+    """What stands for an object of a framework: its pickled state, and nothing of its behaviour."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.arguments = arguments
+        self.__dict__.update(named)
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+def load(path: Path, *, stand_ins: Sequence[str] = ()) -> Any:
+    """The object of a file, with tensors that have shape and place, but no data.
+
+    Raises CheckpointError for what is no such file, or would build anything else than is allowed.
+    """
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: no zip file as torch.save writes them (files of torch before 1.6 are not read)")
+    globals_: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in stand_ins]
+    try:
+        with torch.serialization.safe_globals(globals_), FakeTensorMode():
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        said = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
+        raise CheckpointError(f"{path}: refused: {said or type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def array_of(tensor: Tensor, path: Path, name: str, role: str, **at: int) -> StoredArray:
+    """A loaded (fake) tensor as an array of its file."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    base, start = int(tensor.untyped_storage()._checkpoint_offset or 0), int(tensor.storage_offset())
+    return StoredArray(name, role, dtype, tuple(tensor.shape), str(path), base, tuple(tensor.stride()), start, at)
+
+
+def tensors_of(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dictionaries and lists, by dotted names."""
+    if isinstance(state, Tensor):
+        yield prefix, state
+    elif isinstance(state, dict):
+        for key, value in state.items():
+            yield from tensors_of(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(state, (list, tuple)):
+        for index, value in enumerate(state):
+            yield from tensors_of(value, f"{prefix}.{index}" if prefix else str(index))
+
+
+def records(path: Path) -> list[tuple[int, int, int]]:
+    """(offset, bytes, CRC-32) of the tensors' data in a file. Raises CheckpointError for compressed ones."""
+    found = []
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for entry in archive.infolist():
+            if "/data/" not in entry.filename:
+                continue
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path}: {entry.filename} is compressed; torch.save does not do that")
+            file.seek(entry.header_offset + 26)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            found.append((entry.header_offset + 30 + name + extra, entry.file_size, entry.CRC))
+    return found
