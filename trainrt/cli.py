@@ -106,6 +106,36 @@ def plan(
         )
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of any format.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="The directory to make.", metavar="DST")],
+    to: Annotated[str, typer.Option(help="The target's format: universal or hf.")],
+    model_config: Annotated[Path | None, typer.Option(help="A directory with config.json, where the source has none.")] = None,
+    average: Annotated[bool, typer.Option(help="Take the mean of replicas that differ, instead of stopping.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    memory: Annotated[str, typer.Option(help="How much memory may be used, such as 2GiB.")] = "2GiB",
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and what would be lost.")] = False,
+    restart: Annotated[bool, typer.Option(help="Begin anew where a conversion was interrupted.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Convert a checkpoint. After an interruption the same command goes on where it was."""
+    from trainrt.checkpoint.convert import convert as run
+    from trainrt.checkpoint.progress import Bar, memory_bytes
+
+    with Bar("converting", quiet=as_json) as bar:
+        document = run(
+            source, target, to=to, model_config=model_config, average=average, jobs=jobs, memory_bytes=memory_bytes(memory),
+            dry_run=dry_run, restart=restart, progress=bar.update,
+        )  # fmt: skip
+    if as_json:
+        _print_json(document)
+    else:
+        _print_rows(
+            "would be converted" if dry_run else "converted", [(key, _text(value)) for key, value in document.items()]
+        )
+
+
 @checkpoint_app.command("inspect")
 def inspect_checkpoint(path: Annotated[Path, typer.Argument(help="A checkpoint.")], as_json: Json = False) -> None:
     """List the tensors of a checkpoint with their digests."""

@@ -44,6 +44,11 @@ class Universal:
                 layout.add(tensor, Fragment(0, Box.whole(tensor.shape), "file", strides))
         return cls(path, manifest, chunks, layout)
 
+    def model_config(self) -> dict[str, Any]:
+        """config.json of the model, whose checksum was compared when this was opened."""
+        path = self.path / "model" / "config.json"
+        return dict(strict_json(path.read_bytes(), str(path)))
+
     def read(self, tensor: LogicalTensor, fragment: Fragment) -> np.ndarray:
         """A box of a tensor. Only the chunks it touches are read, each verified before use."""
         if not fragment.box.elements:

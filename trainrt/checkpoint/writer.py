@@ -154,7 +154,8 @@ def _chunks(
     return made
 
 
-def _partial(directory: Path, step: int) -> Path:
+def partial(directory: Path, step: int) -> Path:
+    """Where a checkpoint of a directory is written before it has its name."""
     return directory / f".step-{step:08d}.partial"
 
 
@@ -163,7 +164,7 @@ def prepare(plan: WritePlan, directory: Path) -> None:
 
     Raises CheckpointError where there is no room: before a byte of state is written.
     """
-    folder = _partial(directory, plan.step)
+    folder = partial(directory, plan.step)
     shutil.rmtree(folder, ignore_errors=True)
     try:
         (folder / "model").mkdir(parents=True)
@@ -199,7 +200,7 @@ def _firsts(plan: WritePlan) -> list[ChunkPlan]:
 
 def write_part(plan: WritePlan, directory: Path, writer: str, source: Source) -> list[dict[str, Any]]:
     """Write this writer's chunks: gather, hash, write, sync. Returns [file, offset, xxh3] of each."""
-    folder = _partial(directory, plan.step)
+    folder = partial(directory, plan.step)
     results: list[dict[str, Any]] = []
     files: dict[str, int] = {}
     try:
@@ -241,7 +242,7 @@ def _strides(box: Box) -> tuple[int, ...]:
 
 def finish(plan: WritePlan, directory: Path, results: Sequence[Mapping[str, Any]]) -> Path:
     """Manifest, COMMIT, then the final name; each made durable before the next. Raises if a chunk is missing."""
-    folder = _partial(directory, plan.step)
+    folder = partial(directory, plan.step)
     digests = {(result["file"], result["offset"]): result["xxh3"] for result in results}
     entries: dict[Key, list[Chunk]] = defaultdict(list)
     by_file: dict[str, list[Chunk]] = defaultdict(list)

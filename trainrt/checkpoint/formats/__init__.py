@@ -1,0 +1,38 @@
+"""Formats of checkpoints: which one a path is, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainrt.checkpoint.formats import deepspeed, hf
+from trainrt.checkpoint.formats.opened import Opened
+from trainrt.checkpoint.reader import Universal
+from trainrt.errors import CheckpointError
+
+UNIVERSAL = "universal"
+READ = (UNIVERSAL, deepspeed.NAME, hf.NAME)
+
+
+def open_any(path: Path, *, model_config: Mapping[str, Any] | None = None) -> Opened:
+    """Open a checkpoint of any format that is known. Raises CheckpointError where it is none, or damaged."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    if (path / "manifest.json").exists() or (path / "COMMIT").exists():
+        return _universal(path, model_config)
+    if deepspeed.recognise(path) is not None:
+        return deepspeed.open_checkpoint(path, model_config=model_config)
+    if hf.recognise(path) is not None:
+        return hf.open_checkpoint(path, model_config=model_config)
+    raise CheckpointError(f"{path}: no checkpoint of a format that is known ({', '.join(READ)})")
+
+
+def _universal(path: Path, model_config: Mapping[str, Any] | None) -> Opened:
+    held = Universal.open(path)
+    metadata = {
+        key: value for key, value in held.manifest.items() if key not in ("schema", "writer", "files", "tensors")
+    }
+    metadata["aliases"] = {e["name"]: e["alias_of"] for e in held.manifest["tensors"] if e["alias_of"] is not None}
+    metadata["model_config"] = held.model_config() or dict(model_config or {})
+    return Opened(UNIVERSAL, "manifest.json and COMMIT", path, held, metadata)

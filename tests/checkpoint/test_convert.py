@@ -1,0 +1,198 @@
+"""`trainrt convert`: what comes out is what went in, whoever wrote it; kills cost a unit, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.checkpoint.frameworks import llama, make
+from trainrt.checkpoint import writer
+from trainrt.checkpoint.convert import convert
+from trainrt.checkpoint.formats import open_any
+from trainrt.checkpoint.inspect import verify
+from trainrt.checkpoint.source import digest
+from trainrt.errors import CheckpointError, ConfigError
+
+
+def digests(path: Path) -> dict[Any, str]:
+    return digest(open_any(path).source)
+
+
+def cli(*words: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainrt.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environ})
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [({}, "10GB"), ({}, "20KB"), ({"dtype": "bfloat16"}, "10GB"), ({"tie_word_embeddings": True}, "10GB")],
+    ids=["single", "sharded", "bf16", "tied"],
+)
+def test_hugging_face_goes_to_universal_and_back(changes: dict[str, Any], most: str, tmp_path: Path) -> None:
+    model = llama(**changes)
+    model.save_pretrained(tmp_path / "hf", max_shard_size=most)
+    document = convert(tmp_path / "hf", tmp_path / "universal", to="universal")
+    assert (document["source_format"], document["lost"]) == ("hf", [])
+    assert verify(tmp_path / "universal")["ok"]
+    assert digests(tmp_path / "hf") == digests(tmp_path / "universal")
+    convert(tmp_path / "universal", tmp_path / "again", to="hf")
+    assert digests(tmp_path / "hf") == digests(tmp_path / "again")
+    for path in (tmp_path / "universal" / "model", tmp_path / "again"):
+        loaded = type(model).from_pretrained(path)
+        theirs = loaded.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+        assert loaded.dtype == model.dtype
+
+
+def test_a_zero_checkpoint_becomes_a_model_and_keeps_its_optimizer(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    expected = make("deepspeed", tmp_path, stage=3, world=2, dtype="bfloat16")
+    llama().config.save_pretrained(tmp_path / "config")
+    to_universal = convert(
+        tmp_path / "checkpoint", tmp_path / "universal", to="universal", model_config=tmp_path / "config"
+    )
+    assert to_universal["lost"] == [] and "ZeRO stage 3 of 2 ranks" in to_universal["recognised_by"]
+    held = open_any(tmp_path / "universal")
+    assert held.step == 3 and held.metadata["optimizer"]["groups"][0]["hyperparameters"]["lr"] == 1e-3
+    assert {role for _, role in held.source.layout.tensors} == {"parameter", "master", "exp_avg", "exp_avg_sq"}
+    to_hf = convert(tmp_path / "universal", tmp_path / "hf", to="hf")
+    assert [text.split(":")[0] for text in to_hf["lost"]] == ["exp_avg", "exp_avg_sq", "master"]
+    loaded = type(llama()).from_pretrained(tmp_path / "hf").state_dict()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, torch.from_numpy(expected[f"master/{name}"]).bfloat16()), name
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of some thirty units of the size that `small_units` makes."""
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+SMALL_UNITS = """
+import sys, time
+from trainrt.checkpoint import convert, writer
+writer.CHUNK_BYTES = 8192
+note = convert.Journal.note
+def slow(self, *arguments, **named):
+    note(self, *arguments, **named)
+    time.sleep(0.05)
+convert.Journal.note = slow
+convert.convert(sys.argv[1], sys.argv[2], to="universal", jobs=2)
+"""
+
+
+def test_after_a_kill_the_same_command_goes_on_and_redoes_a_unit_a_job_at_most(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 8192)
+    target, journal = tmp_path / "universal", tmp_path / ".universal.converting" / "journal.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", SMALL_UNITS, str(model), str(target)])
+    while not journal.exists() or len(journal.read_text().splitlines()) < 8:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    time.sleep(0.2)
+    noted = len(journal.read_text().splitlines()) - 1
+    assert not target.exists()
+    seen: list[tuple[int, int]] = []
+    document = convert(model, target, to="universal", jobs=1, progress=lambda *at: seen.append(at))
+    assert seen[0] == (noted, document["units"]) and 7 <= noted < document["units"]
+    assert document["bytes_written"] < document["bytes_read"]
+    assert digests(target) == digests(model)
+    assert not journal.parent.exists()
+
+
+def test_a_changed_source_is_noticed_and_restart_begins_anew(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 8192)
+    target, journal = tmp_path / "universal", tmp_path / ".universal.converting" / "journal.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", SMALL_UNITS, str(model), str(target)])
+    while not journal.exists() or len(journal.read_text().splitlines()) < 4:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x07")
+    with pytest.raises(ConfigError, match="the source has changed since"):
+        convert(model, target, to="universal")
+    convert(model, target, to="universal", restart=True)
+    assert digests(target) == digests(model)
+
+
+def test_a_complete_target_is_compared_and_another_one_is_refused(model: Path, tmp_path: Path) -> None:
+    first = convert(model, tmp_path / "universal", to="universal")
+    again = convert(model, tmp_path / "universal", to="universal")
+    assert first["bytes_written"] > 0 == again["bytes_written"]
+    llama(hidden_size=64, intermediate_size=128, rms_norm_eps=1e-5).save_pretrained(tmp_path / "other")
+    shutil.copy(model / "model.safetensors", tmp_path / "other")
+    with (tmp_path / "other" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x07")
+    with pytest.raises(ConfigError, match="is not what this conversion makes"):
+        convert(tmp_path / "other", tmp_path / "universal", to="universal")
+
+
+def test_replicas_that_differ_are_named_unless_the_mean_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    make("deepspeed", tmp_path, stage=1, world=2)
+    path = tmp_path / "checkpoint" / "global_step3" / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=False)
+    state["module"]["model.norm.weight"] += 0.5
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight \(parameter\) is replicated and differs"):
+        convert(tmp_path / "checkpoint", tmp_path / "universal", to="universal")
+    assert not (tmp_path / "universal").exists()
+    convert(tmp_path / "checkpoint", tmp_path / "universal", to="universal", average=True, restart=True)
+    held = open_any(tmp_path / "universal").source
+    from trainrt.checkpoint.source import read_whole
+
+    found = read_whole(held, held.layout.tensors["model.norm.weight", "parameter"]).view(np.float32)
+    assert np.allclose(found, state["module"]["model.norm.weight"].numpy() - 0.25)
+
+
+def test_damage_in_a_record_of_a_pickled_file_is_found_before_it_is_used(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    make("deepspeed", tmp_path, stage=2, world=1)
+    path = next((tmp_path / "checkpoint" / "global_step3").glob("*optim_states.pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        convert(tmp_path / "checkpoint", tmp_path / "universal", to="universal")
+
+
+def test_the_command_says_what_it_would_do_and_what_is_wrong(model: Path, tmp_path: Path) -> None:
+    dry = cli("convert", model, tmp_path / "out", "--to", "universal", "--dry-run", "--json")
+    document = json.loads(dry.stdout)
+    assert dry.returncode == 0 and document["lost"] == [] and document["bytes_to_write"] > 0
+    assert not list(tmp_path.glob("*out*"))
+    for words, message in (
+        (("--to", "universl"), 'did you mean "universal"?'),
+        (("--to", "hf", "--memory", "lots"), "--memory lots"),
+        (("--to", "hf", "--memory", "100MB"), "at least"),
+        (("--to", "hf", "--model-config", "/nothing"), "--model-config /nothing"),
+    ):
+        wrong = cli("convert", model, tmp_path / "out", *words)
+        assert (wrong.returncode, message in wrong.stderr, "Traceback" in wrong.stderr) == (2, True, False), (
+            wrong.stderr
+        )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    nothing = cli("convert", empty, tmp_path / "out", "--to", "hf")
+    assert nothing.returncode in (1, 2) and "no checkpoint of a format that is known" in nothing.stderr
