@@ -171,6 +171,27 @@ def verify_checkpoint(path: Annotated[Path, typer.Argument(help="A checkpoint.")
     raise typer.Exit(0 if document["ok"] else 1)
 
 
+@checkpoint_app.command("diff")
+def diff_checkpoints(
+    one: Annotated[Path, typer.Argument(help="A checkpoint.", metavar="PATH")],
+    other: Annotated[Path, typer.Argument(help="Another one, of any format.", metavar="PATH")],
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor. Exit 1 if they differ."""
+    from trainrt.checkpoint.inspect import diff
+
+    document = diff(one, other)
+    if as_json:
+        _print_json(document)
+    else:
+        table = Table("name", "role", "kind", "max abs", "max rel", title=f"{one} and {other}")
+        for line in document["tensors"]:
+            if line["kind"] != "equal":
+                table.add_row(line["name"], line["role"], line["kind"], _text(line["max_abs"]), _text(line["max_rel"]))
+        Console().print(table if not document["equal"] else f"equal: {len(document['tensors'])} tensors")
+    raise typer.Exit(0 if document["equal"] else 1)
+
+
 @app.command()
 def dashboard(
     run_dir: RunDirectory,

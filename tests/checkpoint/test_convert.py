@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.checkpoint.frameworks import llama, make
+from tests.reference import validate
 from trainrt.checkpoint import writer
 from trainrt.checkpoint.convert import convert
 from trainrt.checkpoint.formats import open_any
@@ -43,6 +44,7 @@ def test_hugging_face_goes_to_universal_and_back(changes: dict[str, Any], most: 
     model = llama(**changes)
     model.save_pretrained(tmp_path / "hf", max_shard_size=most)
     document = convert(tmp_path / "hf", tmp_path / "universal", to="universal")
+    validate("convert", document)
     assert (document["source_format"], document["lost"]) == ("hf", [])
     assert verify(tmp_path / "universal")["ok"]
     assert digests(tmp_path / "hf") == digests(tmp_path / "universal")
@@ -146,6 +148,26 @@ def test_a_complete_target_is_compared_and_another_one_is_refused(model: Path, t
         file.write(b"\x07")
     with pytest.raises(ConfigError, match="is not what this conversion makes"):
         convert(tmp_path / "other", tmp_path / "universal", to="universal")
+
+
+def test_a_difference_is_measured_over_formats(model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "universal", to="universal")
+    same = cli("checkpoint", "diff", model, tmp_path / "universal", "--json")
+    document = json.loads(same.stdout)
+    validate("checkpoint-diff", document)
+    assert (same.returncode, document["equal"]) == (0, True)
+    changed = llama(hidden_size=64, intermediate_size=128, num_hidden_layers=3)
+    with torch.no_grad():
+        changed.model.norm.weight += 0.25
+    changed.save_pretrained(tmp_path / "changed")
+    other = cli("checkpoint", "diff", model, tmp_path / "changed", "--json")
+    lines = {line["name"]: line for line in json.loads(other.stdout)["tensors"]}
+    assert other.returncode == 1
+    assert lines["model.norm.weight"]["kind"] == "differs" and lines["model.norm.weight"]["max_abs"] == 0.25
+    assert lines["model.norm.weight"]["max_rel"] == 0.2
+    assert lines["model.layers.2.mlp.up_proj.weight"]["kind"] == "extra"
+    shown = cli("checkpoint", "diff", tmp_path / "changed", model)
+    assert shown.returncode == 1 and "missing" in shown.stdout
 
 
 def test_replicas_that_differ_are_named_unless_the_mean_is_asked_for(tmp_path: Path) -> None:
