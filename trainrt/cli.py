@@ -111,6 +111,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint of any format.", metavar="SRC")],
     target: Annotated[Path, typer.Argument(help="The directory to make.", metavar="DST")],
     to: Annotated[str, typer.Option(help="The target's format: universal or hf.")],
+    mapping: Annotated[Path | None, typer.Option(help="A file that describes the source's format.", metavar="FILE")] = None,
     model_config: Annotated[Path | None, typer.Option(help="A directory with config.json, where the source has none.")] = None,
     average: Annotated[bool, typer.Option(help="Take the mean of replicas that differ, instead of stopping.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
@@ -125,8 +126,8 @@ def convert(
 
     with Bar("converting", quiet=as_json) as bar:
         document = run(
-            source, target, to=to, model_config=model_config, average=average, jobs=jobs, memory_bytes=memory_bytes(memory),
-            dry_run=dry_run, restart=restart, progress=bar.update,
+            source, target, to=to, mapping=mapping, model_config=model_config, average=average, jobs=jobs,
+            memory_bytes=memory_bytes(memory), dry_run=dry_run, restart=restart, progress=bar.update,
         )  # fmt: skip
     if as_json:
         _print_json(document)

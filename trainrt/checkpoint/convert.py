@@ -25,6 +25,7 @@ from trainrt.checkpoint.formats import open_any
 from trainrt.checkpoint.formats.opened import Opened, release
 from trainrt.checkpoint.jobs import run_jobs
 from trainrt.checkpoint.journal import Journal
+from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.replicas import Replicas
 from trainrt.checkpoint.writer import MODEL_ROLES, ChunkPlan, WritePlan, finish, gather, partial, prepare
 from trainrt.errors import CheckpointError, ConfigError, nearest
@@ -65,7 +66,8 @@ class Conversion:
 
 
 def convert(
-    source: str | Path, target: str | Path, *, to: str, model_config: str | Path | None = None, average: bool = False,
+    source: str | Path, target: str | Path, *, to: str, mapping: str | Path | None = None,
+    model_config: str | Path | None = None, average: bool = False,
     jobs: int | None = None, memory_bytes: int = 2 << 30, dry_run: bool = False, restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -76,7 +78,7 @@ def convert(
     if to not in TARGETS:
         raise ConfigError(f"--to {to}: allowed: {', '.join(TARGETS)}{nearest(to, TARGETS)}")
     began = time.perf_counter()
-    work = plan_conversion(Path(source), Path(target), to=to, model_config=model_config)
+    work = plan_conversion(Path(source), Path(target), to=to, mapping=mapping, model_config=model_config)
     count = jobs_for(memory_bytes, jobs)
     document = {
         "source_format": work.opened.format, "recognised_by": work.opened.why, "target_format": to,
@@ -94,7 +96,9 @@ def convert(
     return {**document, "bytes_read": work.bytes, "bytes_written": written, "seconds": time.perf_counter() - began}
 
 
-def plan_conversion(source: Path, target: Path, *, to: str, model_config: str | Path | None = None) -> Conversion:
+def plan_conversion(
+    source: Path, target: Path, *, to: str, mapping: str | Path | None = None, model_config: str | Path | None = None
+) -> Conversion:
     """Open the source and plan the target's files."""
     config = None
     if model_config is not None:
@@ -103,7 +107,8 @@ def plan_conversion(source: Path, target: Path, *, to: str, model_config: str | 
             config = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"--model-config {model_config}: {error}") from error
-    opened = open_any(source, model_config=config)
+    described = Description.load(Path(mapping)) if mapping is not None else None
+    opened = open_any(source, model_config=config, mapping=described)
     layout, lost = opened.source.layout, [f"{name}: not understood" for name in opened.unknown]
     if to == "hf":
         kept = layout.only(lambda tensor, _: tensor.role in MODEL_ROLES)

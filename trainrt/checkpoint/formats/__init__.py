@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainrt.checkpoint.formats import deepspeed, hf
+from trainrt.checkpoint.formats import deepspeed, hf, mapped
 from trainrt.checkpoint.formats.opened import Opened
+from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.reader import Universal
 from trainrt.errors import CheckpointError
 
@@ -15,10 +16,17 @@ UNIVERSAL = "universal"
 READ = (UNIVERSAL, deepspeed.NAME, hf.NAME)
 
 
-def open_any(path: Path, *, model_config: Mapping[str, Any] | None = None) -> Opened:
-    """Open a checkpoint of any format that is known. Raises CheckpointError where it is none, or damaged."""
+def open_any(
+    path: Path, *, model_config: Mapping[str, Any] | None = None, mapping: Description | None = None
+) -> Opened:
+    """Open a checkpoint of any format that is known, or of the one that a mapping describes.
+
+    Raises CheckpointError where it is none, or damaged.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
+    if mapping is not None:
+        return mapped.open_checkpoint(path, mapping, model_config=model_config)
     if (path / "manifest.json").exists() or (path / "COMMIT").exists():
         return _universal(path, model_config)
     if deepspeed.recognise(path) is not None:

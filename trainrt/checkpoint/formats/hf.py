@@ -56,7 +56,7 @@ def _arrays(path: Path) -> Iterator[StoredArray]:
         yield from held.values()
 
 
-def safetensors_arrays(path: Path, *, role: str = "parameter", **at: int) -> list[StoredArray]:
+def safetensors_arrays(path: Path, *, at: Mapping[str, int] | None = None) -> list[StoredArray]:
     """The tensors of a safetensors file. Raises CheckpointError for a header that overlaps, overreaches or contradicts itself."""
     try:
         size = path.stat().st_size
@@ -81,7 +81,7 @@ def safetensors_arrays(path: Path, *, role: str = "parameter", **at: int) -> lis
             raise CheckpointError(
                 f"{path}: {name}: bytes {first} to {last} overlap, leave a gap, or are not {shape} of {dtype}"
             )
-        arrays.append(StoredArray(name, role, dtype, shape, str(path), 8 + length + first, at=at))
+        arrays.append(StoredArray(name, "parameter", dtype, shape, str(path), 8 + length + first, at=at or {}))
         end = last
     if 8 + length + end != size:
         raise CheckpointError(f"{path}: has {size} bytes, its header accounts for {8 + length + end}")
