@@ -5,6 +5,7 @@ pip install --no-deps lm-resiliency==0.2.0 dlrover==0.6.1      (dlrover also wan
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -56,6 +57,14 @@ class Gemini:
         return {"verified": replicated and same, "skipped": 0, "held": held}
 
 
+@functools.cache
+def _checkpointer(folder: str, ranks: int) -> Any:
+    """One a process: its helper process serves the first one only."""
+    from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer
+
+    return DdpCheckpointer(folder, local_shard_num=ranks, global_shard_num=ranks)
+
+
 class Flash:
     """DLRover's flash checkpoint: a copy into shared memory, in the step; no redundancy over nodes."""
 
@@ -64,10 +73,8 @@ class Flash:
             "LOCAL_RANK": str(state.rank), "RANK": str(state.rank), "LOCAL_WORLD_SIZE": str(ranks),
             "WORLD_SIZE": str(ranks), "ELASTIC_JOB_NAME": folder.parent.name,
         }  # fmt: skip
-        from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer
-
         self._state, self._every = state, every
-        self._checkpointer = DdpCheckpointer(str(folder / "flash"), local_shard_num=ranks, global_shard_num=ranks)
+        self._checkpointer = _checkpointer(str(folder / "flash"), ranks)
 
     def before_update(self) -> None: ...
 

@@ -102,7 +102,55 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
     torch.distributed.barrier()
 
 
-RANKS = {"deepspeed": deepspeed_rank}
+def dcp_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
+    """Three steps under FSDP2 x TP, saved as torch.distributed.checkpoint.state_dict names it."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=options["world"])
+    tp = options.get("tp", 1)
+    mesh = init_device_mesh("cpu", (options["world"] // tp, tp), mesh_dim_names=("dp", "tp"))
+    model = llama(**options.get("model", {}))
+    if tp > 1:
+        for layer in model.model.layers:
+            columns = dict.fromkeys(
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+            )
+            plan: dict[str, Any] = {name: ColwiseParallel() for name in columns}
+            plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+            parallelize_module(layer, mesh["tp"], plan)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        data = batch(mesh.get_coordinate()[0])
+        model(input_ids=data, labels=data).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, state = get_state_dict(model, optimizer, options=flat)
+    dcp.save({"model": weights, "optim": state}, checkpoint_id=str(folder / "checkpoint"))
+    expected = {}
+    whole = lambda value: value.full_tensor() if isinstance(value, DTensor) else value  # noqa: E731
+    for name, parameter in model.named_parameters():
+        expected[f"parameter/{name}"] = whole(parameter.detach())
+        for role in ("exp_avg", "exp_avg_sq"):
+            expected[f"{role}/{name}"] = whole(optimizer.state[parameter][role])
+    if rank == 0:
+        np.savez(folder / "expected.npz", **{key: value.float().numpy() for key, value in expected.items()})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+RANKS = {"deepspeed": deepspeed_rank, "dcp": dcp_rank}
 
 
 def main() -> None:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainrt.checkpoint.formats import deepspeed, hf, mapped
+from trainrt.checkpoint.formats import dcp, deepspeed, hf, mapped
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.reader import Universal
-from trainrt.errors import CheckpointError
+from trainrt.errors import CheckpointError, LayoutError
 
 UNIVERSAL = "universal"
-READ = (UNIVERSAL, deepspeed.NAME, hf.NAME)
+READ = (UNIVERSAL, deepspeed.NAME, dcp.NAME, hf.NAME)
 
 
 def open_any(
@@ -25,12 +25,21 @@ def open_any(
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
+    try:
+        return _open(path, model_config, mapping)
+    except LayoutError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _open(path: Path, model_config: Mapping[str, Any] | None, mapping: Description | None) -> Opened:
     if mapping is not None:
         return mapped.open_checkpoint(path, mapping, model_config=model_config)
     if (path / "manifest.json").exists() or (path / "COMMIT").exists():
         return _universal(path, model_config)
     if deepspeed.recognise(path) is not None:
         return deepspeed.open_checkpoint(path, model_config=model_config)
+    if dcp.recognise(path) is not None:
+        return dcp.open_checkpoint(path, model_config=model_config)
     if hf.recognise(path) is not None:
         return hf.open_checkpoint(path, model_config=model_config)
     raise CheckpointError(f"{path}: no checkpoint of a format that is known ({', '.join(READ)})")

@@ -7,6 +7,7 @@ import mmap
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,27 @@ from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Fragment, Layout, LogicalTensor
 
 PIECE_BYTES = 16 << 20
+Record = tuple[int, int, int]
 
 
 class FileSource:
-    """A layout whose storages are files. May be forked; `release` gives back the memory of what was read."""
+    """A layout whose storages are files. May be forked; `release` gives back the memory of what was read.
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    `records`: (offset, bytes, CRC-32) of what has a checksum in a file; by default those of a file of `torch.save`.
+    """
+
+    def __init__(self, layout: Layout, records: Mapping[str, list[Record]] | None = None) -> None:
+        self.layout, self._records = layout, dict(records or {})
         self._maps: dict[str, MappedFile] = {}
 
     def read(self, tensor: LogicalTensor, fragment: Fragment) -> np.ndarray:
         """A view of the mapped file. Raises CheckpointError where its checksum does not hold."""
         if fragment.storage not in self._maps:
-            self._maps[fragment.storage] = MappedFile(Path(fragment.storage))
+            path = Path(fragment.storage)
+            known = self._records.get(fragment.storage)
+            if known is None:
+                known = torch_file.records(path) if zipfile.is_zipfile(path) else []
+            self._maps[fragment.storage] = MappedFile(path, known)
         held = self._maps[fragment.storage]
         extent = sum((n - 1) * s for n, s in zip(fragment.box.length, fragment.strides, strict=True))
         first = fragment.base + fragment.start * tensor.item_bytes
@@ -44,14 +53,14 @@ class FileSource:
 class MappedFile:
     """One file, and which of its records were found sound."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, records: list[Record]) -> None:
         self.path = path
         with path.open("rb") as file:
             self._map = (
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else None
             )
         self.data = np.frombuffer(self._map, np.uint8) if self._map is not None else np.empty(0, np.uint8)
-        self._records = sorted(torch_file.records(path)) if zipfile.is_zipfile(path) else []
+        self._records = sorted(records)
         self._starts = [start for start, _, _ in self._records]
         self._sound: set[int] = set()
 

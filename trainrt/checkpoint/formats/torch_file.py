@@ -7,6 +7,8 @@ their bytes are read where they lie in the zip file, after its checksum (CRC-32)
 
 from __future__ import annotations
 
+import io
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,20 +38,29 @@ class StandIn:
             self.state = state
 
 
-def load(path: Path, *, stand_ins: Sequence[str] = ()) -> Any:
-    """The object of a file, with tensors that have shape and place, but no data.
+def load(path: Path, *, stand_ins: Sequence[str] = (), part: tuple[int, int] | None = None) -> Any:
+    """The object of a file, or of a `part` (offset, length) of it, with tensors that have shape and place, but no data.
 
     Raises CheckpointError for what is no such file, or would build anything else than is allowed.
     """
-    if not zipfile.is_zipfile(path):
+    if part is None and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: no zip file as torch.save writes them (files of torch before 1.6 are not read)")
     globals_: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in stand_ins]
     try:
         with torch.serialization.safe_globals(globals_), FakeTensorMode():
-            return torch.load(path, weights_only=True, map_location="cpu")
+            file: Any = path if part is None else Window(path, *part)
+            return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:
         said = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(f"{path}: refused: {said or type(error).__name__}: {_first_line(error)}") from error
+
+
+def load_plain(path: Path, *, part: tuple[int, int]) -> Any:
+    """A small object without tensors, such as a number. Raises CheckpointError for anything else."""
+    value = load(path, part=part)
+    if not isinstance(value, (bool, int, float, str, list, tuple, dict, type(None))):
+        raise CheckpointError(f"{path}: a plain value was expected, not a {type(value).__name__}")
+    return value
 
 
 def _first_line(error: Exception) -> str:
@@ -75,10 +86,46 @@ def tensors_of(state: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_of(value, f"{prefix}.{index}" if prefix else str(index))
 
 
-def records(path: Path) -> list[tuple[int, int, int]]:
-    """(offset, bytes, CRC-32) of the tensors' data in a file. Raises CheckpointError for compressed ones."""
+class Window(io.RawIOBase):
+    """A part of a file, as a file: items of a distributed checkpoint lie one behind the other."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = path.open("rb", buffering=0), offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._length - self._at))
+        data = os.pread(self._file.fileno(), wanted, self._offset + self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def records(path: Path, *, part: tuple[int, int] | None = None) -> list[tuple[int, int, int]]:
+    """(offset in the file, bytes, CRC-32) of the tensors' data in a file, or in a part of it.
+
+    Raises CheckpointError for compressed ones.
+    """
     found = []
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    window = Window(path, *(part or (0, path.stat().st_size)))
+    offset = part[0] if part else 0
+    with window as file, zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
             if "/data/" not in entry.filename:
                 continue
@@ -86,5 +133,5 @@ def records(path: Path) -> list[tuple[int, int, int]]:
                 raise CheckpointError(f"{path}: {entry.filename} is compressed; torch.save does not do that")
             file.seek(entry.header_offset + 26)
             name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-            found.append((entry.header_offset + 30 + name + extra, entry.file_size, entry.CRC))
+            found.append((offset + entry.header_offset + 30 + name + extra, entry.file_size, entry.CRC))
     return found
