@@ -13,11 +13,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "launch": "trainrt.launch",
     "plan": "trainrt.training.planning",
+    "convert": "trainrt.checkpoint.convert",
     "Pipeline": "trainrt.training.pipeline",
     "predict": "trainrt.training.predict",
 }
 
-__all__ = ["Pipeline", "launch", "plan", "predict"]
+__all__ = ["Pipeline", "convert", "launch", "plan", "predict"]
 
 
 def __getattr__(name: str) -> Any:
