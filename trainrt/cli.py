@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -51,7 +51,7 @@ def launch(
     sys.path.insert(0, str(config.absolute().parent))
     from trainrt.launch import launch as start
 
-    raise typer.Exit(start(job, address=address, nodes=nodes, run_dir=run_dir, detach=detach, force=force))
+    _leave(start(job, address=address, nodes=nodes, run_dir=run_dir, detach=detach, force=force))
 
 
 @app.command()
@@ -204,6 +204,13 @@ def dashboard(
     from trainrt.diagnostics.dashboard import serve
 
     serve(run_dir, host=host, port=port, token=token)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once. All is closed, and taking down an interpreter with torch and Ray in it takes more than a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _print_json(document: Any) -> None:

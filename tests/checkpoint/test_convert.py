@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoint.frameworks import llama, make
+from tests.checkpoint.conftest import Made
+from tests.checkpoint.frameworks import llama
 from tests.reference import validate
 from trainrt.checkpoint import writer
 from trainrt.checkpoint.convert import convert
@@ -57,13 +58,14 @@ def test_hugging_face_goes_to_universal_and_back(changes: dict[str, Any], most: 
         assert loaded.dtype == model.dtype
 
 
-def test_a_zero_checkpoint_becomes_a_model_and_keeps_its_optimizer(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    expected = make("deepspeed", tmp_path, stage=3, world=2, dtype="bfloat16")
+ZERO_3 = {"stage": 3, "world": 2, "dtype": "bfloat16", "groups": True}
+ZERO_1 = {"stage": 1, "world": 2}
+
+
+def test_a_zero_checkpoint_becomes_a_model_and_keeps_its_optimizer(made: Made, tmp_path: Path) -> None:
+    checkpoint, expected = made("deepspeed", **ZERO_3)
     llama().config.save_pretrained(tmp_path / "config")
-    to_universal = convert(
-        tmp_path / "checkpoint", tmp_path / "universal", to="universal", model_config=tmp_path / "config"
-    )
+    to_universal = convert(checkpoint, tmp_path / "universal", to="universal", model_config=tmp_path / "config")
     assert to_universal["lost"] == [] and "ZeRO stage 3 of 2 ranks" in to_universal["recognised_by"]
     held = open_any(tmp_path / "universal")
     assert held.step == 3 and held.metadata["optimizer"]["groups"][0]["hyperparameters"]["lr"] == 1e-3
@@ -170,17 +172,16 @@ def test_a_difference_is_measured_over_formats(model: Path, tmp_path: Path) -> N
     assert shown.returncode == 1 and "missing" in shown.stdout
 
 
-def test_replicas_that_differ_are_named_unless_the_mean_is_asked_for(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    make("deepspeed", tmp_path, stage=1, world=2)
-    path = tmp_path / "checkpoint" / "global_step3" / "mp_rank_00_model_states.pt"
+def test_replicas_that_differ_are_named_unless_the_mean_is_asked_for(made: Made, tmp_path: Path) -> None:
+    checkpoint, _ = made("deepspeed", **ZERO_1)
+    path = checkpoint / "global_step3" / "mp_rank_00_model_states.pt"
     state = torch.load(path, weights_only=False)
     state["module"]["model.norm.weight"] += 0.5
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"model.norm.weight \(parameter\) is replicated and differs"):
-        convert(tmp_path / "checkpoint", tmp_path / "universal", to="universal")
+        convert(checkpoint, tmp_path / "universal", to="universal")
     assert not (tmp_path / "universal").exists()
-    convert(tmp_path / "checkpoint", tmp_path / "universal", to="universal", average=True, restart=True)
+    convert(checkpoint, tmp_path / "universal", to="universal", average=True, restart=True)
     held = open_any(tmp_path / "universal").source
     from trainrt.checkpoint.source import read_whole
 
@@ -188,15 +189,14 @@ def test_replicas_that_differ_are_named_unless_the_mean_is_asked_for(tmp_path: P
     assert np.allclose(found, state["module"]["model.norm.weight"].numpy() - 0.25)
 
 
-def test_damage_in_a_record_of_a_pickled_file_is_found_before_it_is_used(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    make("deepspeed", tmp_path, stage=2, world=1)
-    path = next((tmp_path / "checkpoint" / "global_step3").glob("*optim_states.pt"))
+def test_damage_in_a_record_of_a_pickled_file_is_found_before_it_is_used(made: Made, tmp_path: Path) -> None:
+    checkpoint, _ = made("deepspeed", **ZERO_1)
+    path = next((checkpoint / "global_step3").glob("*optim_states.pt"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="does not match its checksum"):
-        convert(tmp_path / "checkpoint", tmp_path / "universal", to="universal")
+        convert(checkpoint, tmp_path / "universal", to="universal")
 
 
 def test_the_command_says_what_it_would_do_and_what_is_wrong(model: Path, tmp_path: Path) -> None:

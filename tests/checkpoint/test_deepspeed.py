@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.checkpoint.frameworks import make
+from tests.checkpoint.conftest import Made
 from trainrt.checkpoint.formats import deepspeed
 from trainrt.checkpoint.source import read_whole
 
-pytest.importorskip("deepspeed")
-
-CASES: dict[str, dict[str, Any]] = {
+SHORT: dict[str, dict[str, Any]] = {
     "zero 1": {"stage": 1, "world": 2},
-    "zero 2, bfloat16, groups": {"stage": 2, "world": 3, "dtype": "bfloat16", "groups": True},
+    "zero 3, bfloat16, groups": {"stage": 3, "world": 2, "dtype": "bfloat16", "groups": True},
+}
+LONG: dict[str, dict[str, Any]] = {
+    "zero 2, bfloat16, groups, 3 ranks": {"stage": 2, "world": 3, "dtype": "bfloat16", "groups": True},
     "zero 3, sub-groups": {"stage": 3, "world": 2, "sub_group_size": 4000},
-    "zero 3, bfloat16, groups, frozen": {
+    "zero 3, bfloat16, groups, frozen, 3 ranks": {
         "stage": 3, "world": 3, "dtype": "bfloat16", "groups": True, "frozen": ["model.embed_tokens.weight"],
     },
     "zero 1, tied, one rank": {"stage": 1, "world": 1, "model": {"tie_word_embeddings": True}},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_masters_and_moments_are_those_of_deepspeed(options: dict[str, Any], tmp_path: Path) -> None:
-    expected = make("deepspeed", tmp_path, **options)
-    opened = deepspeed.open_checkpoint(tmp_path / "checkpoint")
+@pytest.mark.parametrize("case", [*SHORT, *LONG])
+def test_masters_and_moments_are_those_of_deepspeed(case: str, made: Made, request: pytest.FixtureRequest) -> None:
+    if case in LONG and not request.config.getoption("--campaign"):
+        pytest.skip("the long form runs with --campaign")
+    options = {**SHORT, **LONG}[case]
+    path, expected = made("deepspeed", **options)
+    opened = deepspeed.open_checkpoint(path)
     assert opened.unknown == [] and opened.step == 3
     low = options.get("dtype") == "bfloat16"
     for key, value in expected.items():

@@ -13,7 +13,6 @@ from tests.launches import finish, kill, launched, wait_step, write_job
 from trainrt.checkpoint.inspect import inspect
 from trainrt.run_dir import RunDir
 
-SHORT = ("bf16 fsdp x ep 2",)
 STEPS = 25
 
 
@@ -44,7 +43,7 @@ def final_digests(run_dir: RunDir) -> dict[Any, str]:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_kill_and_restore(row: Row, tmp_path: Path, record_property: Any, request: pytest.FixtureRequest) -> None:
-    if row.name not in SHORT and not request.config.getoption("--campaign"):
+    if not request.config.getoption("--campaign"):
         pytest.skip("the long form runs with --campaign")
     record_property("cell", (row.name, "kill and restore"))
     undisturbed, killed = RunDir(tmp_path / "undisturbed"), RunDir(tmp_path / "killed")

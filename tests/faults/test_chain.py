@@ -10,12 +10,13 @@ import pytest
 
 from tests.faults.faulty import FaultyRun, compare_with_undisturbed, expect
 
-NODES, SPARES, PARITY = 4, 5, 2
+NODES, SPARES, PARITY = 4, 3, 2
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyRun]:
-    run = FaultyRun(tmp_path_factory.mktemp("chain"), nodes=NODES, spares=SPARES, m=PARITY)
+def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[FaultyRun]:
+    more = 2 if request.config.getoption("--campaign") else 0
+    run = FaultyRun(tmp_path_factory.mktemp("chain"), nodes=NODES, spares=SPARES + more, m=PARITY)
     run.launch()
     run.until_step(5)
     yield run
@@ -78,7 +79,9 @@ def test_two_nodes_die_at_once(run: FaultyRun) -> None:
     run.settled()
 
 
-def test_a_second_node_dies_while_the_first_is_replaced(run: FaultyRun) -> None:
+def test_a_second_node_dies_while_the_first_is_replaced(run: FaultyRun, request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--campaign"):
+        pytest.skip("it takes two more nodes: runs with --campaign")
     seen, _ = run.fault()
     first, second = run.seat(0), run.seat(3)
     run.kill_node(first)
