@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainrt.checkpoint.formats import dcp, deepspeed, hf, mapped
+from trainrt.checkpoint.formats import dcp, deepspeed, deepspeed_universal, hf, mapped
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.reader import Universal
 from trainrt.errors import CheckpointError, LayoutError
 
 UNIVERSAL = "universal"
-READ = (UNIVERSAL, deepspeed.NAME, dcp.NAME, hf.NAME)
+READ = (UNIVERSAL, deepspeed.NAME, deepspeed_universal.NAME, dcp.NAME, hf.NAME)
 
 
 def open_any(
@@ -38,6 +38,8 @@ def _open(path: Path, model_config: Mapping[str, Any] | None, mapping: Descripti
         return _universal(path, model_config)
     if deepspeed.recognise(path) is not None:
         return deepspeed.open_checkpoint(path, model_config=model_config)
+    if deepspeed_universal.recognise(path) is not None:
+        return deepspeed_universal.open_checkpoint(path, model_config=model_config)
     if dcp.recognise(path) is not None:
         return dcp.open_checkpoint(path, model_config=model_config)
     if hf.recognise(path) is not None:

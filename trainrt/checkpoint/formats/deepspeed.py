@@ -58,25 +58,25 @@ def open_checkpoint(path: Path, *, model_config: Mapping[str, Any] | None = None
     count = int(max(count) if isinstance(count, (list, tuple)) else count)
     if count != len(ranks):
         raise CheckpointError(f"{tag}: states of {count} ranks were written, and {len(ranks)} are here")
-    facts = _Facts(tag, stage, len(ranks))
+    facts = Facts(tag, stage, len(ranks))
     low = facts.module_dtype in ("bfloat16", "float16")
     rules, arrays, steps = _flat(ranks, states, facts.groups, stage, role="master" if low else "parameter")
     module_rules, module = facts.module()
     layout, unknown, coordinates = compile_reading(
         [*rules, *module_rules], [*arrays, *module], variables={}, shapes=facts.shapes
     )
-    source: Source = FileSource(layout)
-    if low and stage == 3:
-        masters = {
-            (name, "parameter"): layout.tensors[name, "master"]
-            for name in facts.shapes
-            if (name, "master") in layout.tensors
-        }
-        source = Rounded(source, masters)
+    source = with_rounded(FileSource(layout), facts) if low and stage == 3 else FileSource(layout)
     return Opened(
         NAME, f"{why}: ZeRO stage {stage} of {len(ranks)} ranks", path, source,
         facts.metadata(states[0], layout, steps, model_config), [array.name for array in unknown], coordinates,
     )  # fmt: skip
+
+
+def with_rounded(source: Source, facts: Facts) -> Source:
+    """With the parameters of a low precision, where only their masters are stored."""
+    masters = source.layout.tensors
+    held = {name: masters[name, "master"] for name in facts.shapes if (name, "master") in masters}
+    return Rounded(source, {(name, "parameter"): master for name, master in held.items()}, facts.module_dtype)
 
 
 def _optimizer_files(tag: Path) -> list[Path]:
@@ -90,7 +90,7 @@ def _optimizer_files(tag: Path) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-class _Facts:
+class Facts:
     """What the model's files say: names and shapes of the groups' parameters, what is tied or frozen, and the module itself."""
 
     def __init__(self, tag: Path, stage: int, ranks: int) -> None:
@@ -189,7 +189,7 @@ def _flat(
                 if isinstance(value, Tensor) and value.dim():
                     arrays.append(torch_file.array_of(value, file, f"flat.{number}", moment, dp=rank))
                 elif moment == "step" and rank == 0:
-                    steps |= dict.fromkeys(names, _step(value, file))
+                    steps |= dict.fromkeys(names, read_step(value, file))
     return rules, arrays, steps
 
 
@@ -229,7 +229,7 @@ def _moments(state: Mapping[str, Any], number: int) -> dict[str, Any]:
     return dict(held[number]) if number in held or isinstance(held, list) else {}
 
 
-def _step(value: Any, file: Path) -> int:
+def read_step(value: Any, file: Path) -> int:
     """An optimizer's step: a number, or a tensor of one, which is read from its file."""
     if not isinstance(value, Tensor):
         return int(value)

@@ -35,19 +35,19 @@ class Opened:
 class Rounded:
     """A source that shows some tensors in a lower precision besides: parameters, where only their masters are stored."""
 
-    def __init__(self, source: Source, derived: Mapping[Key, LogicalTensor]) -> None:
-        self._source, self._derived = source, dict(derived)
+    def __init__(self, source: Source, derived: Mapping[Key, LogicalTensor], dtype: str) -> None:
+        self._source, self._derived, self._dtype = source, dict(derived), getattr(torch, dtype)
         self.layout = Layout()
         self.layout.merge(source.layout)
         for (name, role), master in self._derived.items():
-            self.layout.add(LogicalTensor(name, role, "bfloat16", master.shape), *source.layout.fragments[master.key])
+            self.layout.add(LogicalTensor(name, role, dtype, master.shape), *source.layout.fragments[master.key])
 
     def read(self, tensor: LogicalTensor, fragment: Fragment) -> np.ndarray:
         master = self._derived.get(tensor.key)
         if master is None:
             return self._source.read(tensor, fragment)
         exact = self._source.read(master, fragment).view(np.float32)
-        rounded = torch.from_numpy(np.ascontiguousarray(exact)).to(torch.bfloat16)
+        rounded = torch.from_numpy(exact.copy()).to(self._dtype)
         return rounded.view(torch.int16).numpy().view(np.uint16).reshape(exact.shape)
 
     def release(self) -> None:
