@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class Peers:
     def __init__(self, addresses: Mapping[str, str], *, token: str, run_id: str) -> None:
         self._addresses, self._token, self._run_id = addresses, token, run_id
         self._open: dict[str, Connection] = {}
+        self._buffers: dict[int, memoryview] = {}
 
     def __enter__(self) -> Peers:
         return self
@@ -59,15 +61,24 @@ class Peers:
     def ask(self, node: str, op: str, **fields: Any) -> dict[str, Any]:
         return self._to(node).request(op, **fields)[0]
 
-    def pull(self, wanted: Mapping[int, tuple[str, str, dict[str, Any]]]) -> dict[int, bytearray]:
+    def _room(self, number: int, length: int) -> memoryview:
+        if number not in self._buffers or len(self._buffers[number]) < length:
+            self._buffers[number] = memoryview(bytearray(length))
+        return self._buffers[number][:length]
+
+    def pull(self, wanted: Mapping[int, tuple[str, str, dict[str, Any]]]) -> dict[int, memoryview]:
         """Payloads of several requests (number -> node, op, fields), all under way at once; none for "the same as yours".
 
+        They are overwritten by the next ones of the same numbers: new memory for each would cost as much as the copy into it.
         Raises StoreError if one fails; the connections are closed then, since answers may still be in them.
         """
         try:
             for node, op, fields in wanted.values():
                 self._to(node).send(op, **fields)
-            answers = {number: self._to(node).receive() for number, (node, _, _) in wanted.items()}
+            answers = {
+                number: self._to(node).receive(into=partial(self._room, number))
+                for number, (node, _, _) in wanted.items()
+            }
             return {number: payload for number, (head, payload) in answers.items() if "same" not in head}
         except StoreError:
             for connection in self._open.values():
@@ -87,7 +98,7 @@ def parity_parts(group: Group, node: str, node_bytes: Mapping[str, int]) -> list
     return parts
 
 
-Held = Callable[[str, int, int, int], bytes | None]
+Held = Callable[[str, int, int, int], np.ndarray | None]
 """(node, segment, offset, length) to what is held here of another node's data: see `mirror`."""
 
 
@@ -108,7 +119,7 @@ def encode(
             if generation.over:
                 raise StoreError(f"generation {generation.step} is over")
             wanted: dict[int, tuple[str, str, dict[str, Any]]] = {}
-            own: dict[int, bytes] = {}
+            own: dict[int, np.ndarray] = {}
             for shard in range(group.k):
                 node = group.contributor(part.stripe, shard)
                 where = {**fields, "of": node, "segment": shard, "offset": offset, "length": length}

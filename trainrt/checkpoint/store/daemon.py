@@ -13,13 +13,16 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from trainrt.checkpoint.store.protocol import pack, read_request
+from trainrt.checkpoint.store.protocol import LARGE_BYTES, pack, read_request, send_all
 from trainrt.checkpoint.store.store import Store
 from trainrt.run_dir import write_json
 
 
 async def serve(store: Store, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """One connection: requests in turn. One without the run's token is closed."""
+    # Drained is sent: what a thread sends then comes behind it.
+    writer.transport.set_write_buffer_limits(0)
+    fd = writer.get_extra_info("socket").fileno()
     with suppress(ConnectionError, ValueError):
         while (message := await read_request(reader)) is not None:
             if not hmac.compare_digest(str(message.get("token", "")), store.token):
@@ -27,9 +30,13 @@ async def serve(store: Store, reader: asyncio.StreamReader, writer: asyncio.Stre
             header, payload = await store.answer(message)
             if message.get("one_way"):
                 continue
-            writer.write(pack(header, len(payload)))
-            writer.write(payload)
+            view = memoryview(payload)
+            writer.write(pack(header, len(view)))
+            if len(view) < LARGE_BYTES:
+                writer.write(view)
             await writer.drain()
+            if len(view) >= LARGE_BYTES:
+                await asyncio.get_running_loop().run_in_executor(store.sending, send_all, fd, view)
     writer.close()
 
 

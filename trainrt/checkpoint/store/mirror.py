@@ -63,7 +63,7 @@ class Mirror:
 
     def read(
         self, maps: Callable[[str], np.ndarray], owner: str, segment: int, offset: int, length: int
-    ) -> bytes | None:
+    ) -> np.ndarray | None:
         """A range of a segment of another node; None where it is not held here."""
         if not self.slots or (owner, segment) not in self._segments:
             return None
@@ -78,5 +78,5 @@ def mirror_owner(rank: int) -> str:
     return f"mirror-{owner_of(rank)}"
 
 
-def digest(data: bytes) -> str:
+def digest(data: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(data)

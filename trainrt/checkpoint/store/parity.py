@@ -146,7 +146,7 @@ class ParityKeeper:
 
     # Serving.
 
-    async def op_segment(self, message: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    async def op_segment(self, message: dict[str, Any]) -> tuple[dict[str, Any], bytes | np.ndarray]:
         """A range of a segment of a node's data; with `wait` as soon as it is hashed, else verified.
 
         Where the asker has the same bytes (`have`: their digest), "same" is the answer.

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import select
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from trainrt.errors import StoreError
@@ -29,6 +32,15 @@ def pack(header: dict[str, Any], payload_bytes: int) -> bytes:
 
 CONNECT_SECONDS = 2.0
 """A host that lives takes a connection at once, however busy the store is; in this time a lost packet is sent again."""
+
+
+SEND_SECONDS = 30.0
+LARGE_BYTES = 1 << 16
+"""From here on a payload is sent by a thread, from where it lies: the event loop would copy it, and be busy meanwhile."""
+
+
+def _new(length: int) -> memoryview:
+    return memoryview(bytearray(length))
 
 
 class Connection:
@@ -49,7 +61,7 @@ class Connection:
         except OSError as error:
             raise StoreError(f"store {address}: {error.strerror or error}") from error
 
-    def request(self, op: str, *, wait_seconds: float = 0.0, **fields: Any) -> tuple[dict[str, Any], bytearray]:
+    def request(self, op: str, *, wait_seconds: float = 0.0, **fields: Any) -> tuple[dict[str, Any], memoryview]:
         """Ask and wait for the answer, `wait_seconds` longer than usual. Raises StoreError if the store is gone or refuses."""
         self.send(op, **fields)
         return self.receive(wait_seconds=wait_seconds)
@@ -62,31 +74,44 @@ class Connection:
         except OSError as error:
             raise StoreError(f"store {self.address}: {error.strerror or error}") from error
 
-    def receive(self, *, wait_seconds: float = 0.0) -> tuple[dict[str, Any], bytearray]:
-        """The answer to the oldest request that has none yet."""
+    def receive(
+        self, *, wait_seconds: float = 0.0, into: Callable[[int], memoryview] = _new
+    ) -> tuple[dict[str, Any], memoryview]:
+        """The answer to the oldest request that has none yet; `into` gives the memory for so many bytes of payload."""
         try:
             self._socket.settimeout(self._timeout + wait_seconds)
-            header_bytes, payload_bytes = LENGTHS.unpack(self._exactly(LENGTHS.size))
-            header = json.loads(self._exactly(header_bytes))
-            payload = self._exactly(payload_bytes)
+            header_bytes, payload_bytes = LENGTHS.unpack(self._exactly(_new(LENGTHS.size)))
+            header = json.loads(bytes(self._exactly(_new(header_bytes))))
+            payload = self._exactly(into(payload_bytes))
         except OSError as error:
             raise StoreError(f"store {self.address}: {error.strerror or error}") from error
         if "error" in header:
             raise StoreError(f"store {self.address}: {header['error']}")
         return header, payload
 
-    def _exactly(self, length: int) -> bytearray:
-        data = bytearray(length)
-        view = memoryview(data)
+    def _exactly(self, whole: memoryview) -> memoryview:
+        view = whole
         while view:
             got = self._socket.recv_into(view)
             if got == 0:
                 raise ConnectionResetError("the store closed the connection")
             view = view[got:]
-        return data
+        return whole
 
     def close(self) -> None:
         self._socket.close()
+
+
+def send_all(fd: int, data: memoryview) -> None:
+    """Send to a socket that does not block, for as long as it takes. Raises ConnectionError where it takes nothing for long."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            if not poll.poll(SEND_SECONDS * 1000):
+                raise ConnectionError("the other side takes nothing") from None
 
 
 async def read_request(reader: asyncio.StreamReader) -> dict[str, Any] | None:

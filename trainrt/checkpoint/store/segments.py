@@ -30,9 +30,12 @@ class NodeData:
                 yield number, first - base, last - base
             base += length
 
-    def read(self, start: int, stop: int) -> bytes:
-        """The bytes of a range; shorter where the data ends."""
-        return b"".join(self._pieces[piece][1](a, b).tobytes() for piece, a, b in self.spans(start, stop))
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The bytes of a range, not copied where they lie in one piece; shorter where the data ends."""
+        found = [self._pieces[piece][1](a, b) for piece, a, b in self.spans(start, stop)]
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else np.empty(0, np.uint8)
 
     def write(self, start: int, data: np.ndarray) -> None:
         """Put bytes at a place; what is beyond the end is left out."""
@@ -53,7 +56,7 @@ def cut(data: np.ndarray) -> Range:
     return lambda start, stop: data[start:stop]
 
 
-def padded(payload: bytes | bytearray | np.ndarray, length: int) -> np.ndarray | None:
+def padded(payload: memoryview | np.ndarray, length: int) -> np.ndarray | None:
     """A received range as a shard of the code: filled up with zeros, aligned; None where it is empty."""
     got = np.frombuffer(payload, np.uint8)
     if not got.size:

@@ -66,6 +66,7 @@ class Store:
         self.done = asyncio.Event()
         self.changed = asyncio.Condition()
         self.threads = ThreadPoolExecutor(max_workers=6, thread_name_prefix="store", initializer=give_way)
+        self.sending = ThreadPoolExecutor(max_workers=6, thread_name_prefix="send", initializer=give_way)
         self.keeper = ParityKeeper(self)
         self.repaired = 0
         self._grace = grace_seconds
