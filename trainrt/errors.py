@@ -59,6 +59,10 @@ class StoreError(TrainrtError):
     """A snapshot store is gone, refused a message, or has no room."""
 
 
+class StaleIncarnation(StoreError):
+    """A message of an incarnation that the store does not serve any more."""
+
+
 class PeerLost(TrainrtError):
     """A collective failed because another rank is gone. The worker parks and waits for orders."""
 

@@ -24,7 +24,7 @@ from trainrt.checkpoint.store.group import choose_groups
 from trainrt.checkpoint.store.inventory import take_inventory
 from trainrt.checkpoint.store.slots import shared_folder
 from trainrt.checkpoint.universal import Universal
-from trainrt.errors import StoreError
+from trainrt.errors import StaleIncarnation, StoreError
 from trainrt.parallel.layout import Box, Fragment, Layout, LogicalTensor
 
 TOKEN = "secret"
@@ -168,7 +168,8 @@ def test_a_new_incarnation_keeps_what_it_restores_until_it_commits_its_own(store
     stores.configure(2)
     with pytest.raises(StoreError, match="incarnation 1 is stale"):
         stores.client(0, 1)
-    assert old[0].begin(3) is None and old[0].skipped == 1, "a stale trainer gets no slot"
+    with pytest.raises(StaleIncarnation, match="incarnation 1 is stale"):
+        old[0].begin(3)
     new = {rank: stores.client(rank, 2) for rank in RANKS}
     for rank in RANKS:
         buffer = new[rank].begin(3)

@@ -17,6 +17,7 @@ import numpy as np
 
 from trainrt.checkpoint.store.client import SnapshotClient
 from trainrt.config import JobConfig
+from trainrt.errors import PeerLost, StaleIncarnation
 from trainrt.events import ring
 from trainrt.training.interval import Interval
 from trainrt.training.state import Snapshotter
@@ -74,7 +75,11 @@ class Snapshots:
         self.finish_copy()
         with ring.span("wait_commit", kind="snapshot", waiting=True):
             self.store.wait_committed(COMMIT_TIMEOUT_SECONDS)
-        buffer = self.store.begin(step, checkpoint=checkpoint)
+        try:
+            buffer = self.store.begin(step, checkpoint=checkpoint)
+        except StaleIncarnation as error:
+            # What is completed from here on would be of no use, and would only have to be done again.
+            raise PeerLost(f"this incarnation is over: {error}") from error
         if buffer is None:
             return
         self._snapshotter.copy_buffers(buffer, self.store.mirror)

@@ -13,7 +13,7 @@ import numpy as np
 from trainrt.checkpoint.store.protocol import Connection
 from trainrt.checkpoint.store.reading import open_generation
 from trainrt.checkpoint.store.slots import map_slot
-from trainrt.errors import StoreError
+from trainrt.errors import StaleIncarnation, StoreError
 from trainrt.parallel.layout import Layout
 
 __all__ = ["SnapshotClient", "open_generation"]
@@ -62,7 +62,10 @@ class SnapshotClient:
         self._sealed = None
 
     def begin(self, step: int, *, checkpoint: bool = False) -> np.ndarray | None:
-        """A slot to copy the state of `step` into; None, counted, where the store is gone or has no room."""
+        """A slot to copy the state of `step` into; None, counted, where the store is gone or has no room.
+
+        Raises StaleIncarnation where the store serves a newer incarnation than this trainer's.
+        """
         answer = self._ask_for_slot(step, checkpoint=checkpoint)
         if answer is None or answer["slot"] is None:
             self.skipped += 1
@@ -85,6 +88,8 @@ class SnapshotClient:
             for _ in range(2 if self._connection is not None else 1):
                 try:
                     return self._connect().request("begin", **self._head, step=step, checkpoint=checkpoint)[0]
+                except StaleIncarnation:
+                    raise
                 except StoreError:
                     self._lost()
         return None

@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from trainrt.errors import StoreError
+from trainrt.errors import StaleIncarnation, StoreError
 
 LENGTHS = struct.Struct("<II")
 MOST_HEADER_BYTES = 256 << 20
@@ -86,7 +86,7 @@ class Connection:
         except OSError as error:
             raise StoreError(f"store {self.address}: {error.strerror or error}") from error
         if "error" in header:
-            raise StoreError(f"store {self.address}: {header['error']}")
+            raise (StaleIncarnation if "stale" in header else StoreError)(f"store {self.address}: {header['error']}")
         return header, payload
 
     def _exactly(self, whole: memoryview) -> memoryview:

@@ -29,7 +29,7 @@ from trainrt.checkpoint.store.parity import ParityKeeper
 from trainrt.checkpoint.store.protocol import Connection
 from trainrt.checkpoint.store.reading import VerifiedSlot, fragment_of
 from trainrt.checkpoint.store.slots import BLOCK_BYTES, Slots, hash_blocks, owner_of, shared_folder
-from trainrt.errors import StoreError, TrainrtError
+from trainrt.errors import StaleIncarnation, StoreError, TrainrtError
 
 HASH_AT_ONCE = 8 * BLOCK_BYTES
 VOTE_AGAIN_SECONDS = 0.05
@@ -83,7 +83,9 @@ class Store:
     async def op_configure(self, message: dict[str, Any]) -> dict[str, Any]:
         """Who belongs to an incarnation. Raises StoreError for an older one than is known."""
         if message["incarnation"] < self.incarnation:
-            raise StoreError(f"incarnation {message['incarnation']} is stale; this store serves {self.incarnation}")
+            raise StaleIncarnation(
+                f"incarnation {message['incarnation']} is stale; this store serves {self.incarnation}"
+            )
         if message["incarnation"] > self.incarnation:
             self.described.clear()
         if message["stores"].get(self.leader) != self.stores.get(self.leader):
@@ -389,7 +391,9 @@ class Store:
 
     def current(self, message: dict[str, Any]) -> None:
         if message["incarnation"] != self.incarnation:
-            raise StoreError(f"incarnation {message['incarnation']} is stale; this store serves {self.incarnation}")
+            raise StaleIncarnation(
+                f"incarnation {message['incarnation']} is stale; this store serves {self.incarnation}"
+            )
 
     def _of_now(self, message: dict[str, Any]) -> None:
         """What stores tell each other counts within one configuration: a store started anew has forgotten its votes."""
@@ -447,6 +451,8 @@ class Store:
             return {"error": f"unknown request {message.get('op')!r}"}, b""
         try:
             answer = await operation(message)
+        except StaleIncarnation as error:
+            return {"error": str(error), "stale": True}, b""
         except (TrainrtError, OSError, KeyError) as error:
             return {"error": f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)}, b""
         return answer if isinstance(answer, tuple) else (answer, b"")
