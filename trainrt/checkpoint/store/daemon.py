@@ -20,24 +20,31 @@ from trainrt.run_dir import write_json
 
 async def serve(store: Store, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """One connection: requests in turn. One without the run's token is closed."""
-    # Drained is sent: what a thread sends then comes behind it.
+    # Drained is sent: what a thread sends then comes behind it, through a descriptor that nobody else closes.
     writer.transport.set_write_buffer_limits(0)
-    fd = writer.get_extra_info("socket").fileno()
-    with suppress(ConnectionError, ValueError):
-        while (message := await read_request(reader)) is not None:
-            if not hmac.compare_digest(str(message.get("token", "")), store.token):
-                break
-            header, payload = await store.answer(message)
-            if message.get("one_way"):
-                continue
-            view = memoryview(payload)
-            writer.write(pack(header, len(view)))
-            if len(view) < LARGE_BYTES:
-                writer.write(view)
-            await writer.drain()
-            if len(view) >= LARGE_BYTES:
-                await asyncio.get_running_loop().run_in_executor(store.sending, send_all, fd, view)
-    writer.close()
+    fd = os.dup(writer.get_extra_info("socket").fileno())
+    try:
+        with suppress(ConnectionError, ValueError):
+            while (message := await read_request(reader)) is not None:
+                if not hmac.compare_digest(str(message.get("token", "")), store.token):
+                    break
+                header, payload = await store.answer(message)
+                if not message.get("one_way"):
+                    await _send(store, writer, fd, header, memoryview(payload))
+    finally:
+        os.close(fd)
+        writer.close()
+
+
+async def _send(
+    store: Store, writer: asyncio.StreamWriter, fd: int, header: dict[str, Any], payload: memoryview
+) -> None:
+    writer.write(pack(header, len(payload)))
+    if len(payload) < LARGE_BYTES:
+        writer.write(payload)
+    await writer.drain()
+    if len(payload) >= LARGE_BYTES:
+        await asyncio.get_running_loop().run_in_executor(store.sending, send_all, fd, payload)
 
 
 async def run(options: dict[str, Any]) -> None:
