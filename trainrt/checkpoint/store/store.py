@@ -390,9 +390,14 @@ class Store:
         return Place(self.node, socket, self.stores, self.nodes_of_ranks, self.run_id, self.token)
 
     def current(self, message: dict[str, Any]) -> None:
-        if message["incarnation"] != self.incarnation:
+        if message["incarnation"] < self.incarnation:
             raise StaleIncarnation(
                 f"incarnation {message['incarnation']} is stale; this store serves {self.incarnation}"
+            )
+        if message["incarnation"] > self.incarnation:
+            # It is new, and nobody has told it yet whom it serves.
+            raise StoreError(
+                f"incarnation {message['incarnation']} is not known yet; this store serves {self.incarnation}"
             )
 
     def _of_now(self, message: dict[str, Any]) -> None:
