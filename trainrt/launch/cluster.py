@@ -146,6 +146,8 @@ class Embedded:
         """End every node and wait until nothing of them is left."""
         disconnect()
         guards = [record["guard"] for name in self._names if (record := read_json(self._record(name)))]
+        # The process that forked them, an earlier driver's perhaps, ends after them.
+        guards += {parent for guard in guards if (parent := parent_of(guard)) not in (None, 1, os.getpid())}
         self._folder.lease.unlink(missing_ok=True)
         if self._nursery is not None:
             try:
@@ -189,6 +191,16 @@ class Embedded:
         said = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
         what = f"node {failed[0]}" if failed else "the embedded Ray cluster"
         raise TrainrtError("\n".join([f"{what} did not start; the end of {log}:", *said]))
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None where it has ended."""
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).ppid())
+    except psutil.NoSuchProcess:
+        return None
 
 
 class Joined:
