@@ -147,7 +147,7 @@ class Embedded:
         disconnect()
         guards = [record["guard"] for name in self._names if (record := read_json(self._record(name)))]
         # The process that forked them, an earlier driver's perhaps, ends after them.
-        guards += {parent for guard in guards if (parent := parent_of(guard)) not in (None, 1, os.getpid())}
+        guards += {nursery for guard in guards if (nursery := nursery_of(guard)) is not None}
         self._folder.lease.unlink(missing_ok=True)
         if self._nursery is not None:
             try:
@@ -193,13 +193,14 @@ class Embedded:
         raise TrainrtError("\n".join([f"{what} did not start; the end of {log}:", *said]))
 
 
-def parent_of(pid: int) -> int | None:
-    """The parent of a process; None where it has ended."""
+def nursery_of(guard: int) -> int | None:
+    """The process that forked a guard; None where one of them has ended."""
     import psutil
 
     try:
-        return int(psutil.Process(pid).ppid())
-    except psutil.NoSuchProcess:
+        parent = psutil.Process(guard).parent()
+        return parent.pid if parent is not None and "trainrt.launch.guard" in parent.cmdline() else None
+    except psutil.Error:
         return None
 
 
