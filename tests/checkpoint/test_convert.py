@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -99,18 +98,26 @@ convert.convert(sys.argv[1], sys.argv[2], to="universal", jobs=2)
 """
 
 
-def test_after_a_kill_the_same_command_goes_on_and_redoes_a_unit_a_job_at_most(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writer, "CHUNK_BYTES", 8192)
-    target, journal = tmp_path / "universal", tmp_path / ".universal.converting" / "journal.jsonl"
+def interrupt(model: Path, target: Path, *, units: int) -> Path:
+    """Kill a conversion when so many units are noted; the journal."""
+    journal = target.parent / f".{target.name}.converting" / "journal.jsonl"
     process = subprocess.Popen([sys.executable, "-c", SMALL_UNITS, str(model), str(target)])
-    while not journal.exists() or len(journal.read_text().splitlines()) < 8:
+    while not journal.exists() or len(journal.read_text().splitlines()) <= units:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
+    # Its jobs end with it.
     time.sleep(0.2)
+    return journal
+
+
+def test_after_a_kill_the_same_command_goes_on_and_redoes_a_unit_a_job_at_most(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 8192)
+    target = tmp_path / "universal"
+    journal = interrupt(model, target, units=7)
     noted = len(journal.read_text().splitlines()) - 1
     assert not target.exists()
     seen: list[tuple[int, int]] = []
@@ -125,12 +132,8 @@ def test_a_changed_source_is_noticed_and_restart_begins_anew(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "CHUNK_BYTES", 8192)
-    target, journal = tmp_path / "universal", tmp_path / ".universal.converting" / "journal.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", SMALL_UNITS, str(model), str(target)])
-    while not journal.exists() or len(journal.read_text().splitlines()) < 4:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    target = tmp_path / "universal"
+    interrupt(model, target, units=3)
     with (model / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x07")
@@ -138,6 +141,29 @@ def test_a_changed_source_is_noticed_and_restart_begins_anew(
         convert(model, target, to="universal")
     convert(model, target, to="universal", restart=True)
     assert digests(target) == digests(model)
+
+
+@pytest.mark.parametrize("to", ["universal", "hf"])
+def test_an_end_just_before_the_name_is_given_costs_nothing(
+    to: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr("trainrt.checkpoint.convert._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(model, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+    assert convert(model, tmp_path / "out", to=to)["bytes_written"] == 0
+    assert digests(tmp_path / "out") == digests(model)
+    assert not (tmp_path / ".out.converting").exists()
+
+
+def test_a_model_without_a_config_has_none_and_the_command_says_so(model: Path, tmp_path: Path) -> None:
+    (model / "config.json").rename(tmp_path / "config.json")
+    document = convert(model, tmp_path / "out", to="hf")
+    assert document["lost"] == ["config.json: not known (--model-config gives it)"]
+    assert not (tmp_path / "out" / "config.json").exists()
+    convert(model, tmp_path / "with", to="hf", model_config=tmp_path / "config.json")
+    assert json.loads((tmp_path / "with" / "config.json").read_text())["hidden_size"] == 64
 
 
 def test_a_complete_target_is_compared_and_another_one_is_refused(model: Path, tmp_path: Path) -> None:
@@ -151,6 +177,9 @@ def test_a_complete_target_is_compared_and_another_one_is_refused(model: Path, t
         file.write(b"\x07")
     with pytest.raises(ConfigError, match="is not what this conversion makes"):
         convert(tmp_path / "other", tmp_path / "universal", to="universal")
+    (tmp_path / "universal" / "model" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is there already, and damaged: model/config\.json"):
+        convert(model, tmp_path / "universal", to="universal")
 
 
 def test_a_difference_is_measured_over_formats(model: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_a_layer_of_everything_goes_there_and_back(
         Rule("l.{l}.fc1", f'concat(shard("m.{{l}}.gate", {cut}), shard("m.{{l}}.up", {cut}))'),
         Rule("l.{l}.fc2", f'transpose(shard("m.{{l}}.down", dim=1, axis="tp", split="{split}"))'),
         Rule("l.{l}.experts", f'shard(stack(transpose("m.{{l}}.x.{{e}}"), over="e"), axis="tp", split="{split}")'),
+        Rule("l.{l}.inner", f'stack(shard("m.{{l}}.y.{{e}}", {cut}), over="e", dim=1)'),
         Rule("l.{l}.norm", '"m.{l}.norm"'),
     ]  # fmt: skip
     shapes: dict[str, tuple[int, ...]] = {"e": (7 + extra, width)}
@@ -96,6 +97,7 @@ def test_a_layer_of_everything_goes_there_and_back(
             f"m.{layer}.down": (width, tp * 2 + extra), f"m.{layer}.norm": (width,),
         }  # fmt: skip
         shapes |= {f"m.{layer}.x.{e}": (3, 2) for e in range(tp * experts)}
+        shapes |= {f"m.{layer}.y.{e}": (tp * 2 + extra, 3) for e in range(experts)}
     arrays, values = written(rules, shapes, {"tp": tp}, groups=groups * tp, heads=heads)
     found, unknown = read_back(rules, arrays, groups=groups * tp, heads=heads)
     assert unknown == []
@@ -160,6 +162,9 @@ def test_what_no_rule_knows_is_said_and_contradictions_are_named() -> None:
     ]
     _, unknown, _ = compile_reading(rules, arrays[:1] + arrays[1:], variables={})
     assert [array.name for array in unknown] == ["x"]
+    gap = [StoredArray("w", "parameter", "int32", (2, 2), "a", at={"tp": rank}) for rank in (0, 2)]
+    with pytest.raises(LayoutError, match="nothing is stored at tp 1"):
+        compile_reading([Rule("w", 'shard("w", axis="tp")')], gap, variables={})
     other = StoredArray("w", "parameter", "int32", (3, 2), "b", at={"tp": 1})
     with pytest.raises(LayoutError, match=r"w: w: of shape \(2, 2\) in one place, and \(3, 2\) in another"):
         compile_reading(rules, [arrays[0], other], variables={})

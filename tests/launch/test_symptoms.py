@@ -16,6 +16,15 @@ def test_every_rank_must_be_accounted_for() -> None:
     assert symptoms.unaccounted() == []
 
 
+def test_a_rank_whose_end_was_ordered_is_waited_for_though_it_has_parked() -> None:
+    symptoms = Symptoms(SEATS, parked=dict.fromkeys(SEATS, "Connection reset by peer"))
+    assert symptoms.unaccounted() == []
+    symptoms.ended_by_us.add(2)
+    assert symptoms.unaccounted() == [2]
+    symptoms.exits[2] = Exit(-9, 0.0)
+    assert symptoms.unaccounted() == []
+
+
 def test_a_killed_worker_is_the_cause_and_parked_ones_are_not() -> None:
     symptoms = Symptoms(SEATS, exits={3: Exit(-9, 0.01)}, parked={0: "closed", 1: "closed", 2: "reset"})
     fault = symptoms.fault()

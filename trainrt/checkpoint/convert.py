@@ -23,11 +23,23 @@ import xxhash
 
 from trainrt.checkpoint.formats import open_any
 from trainrt.checkpoint.formats.opened import Opened, release
+from trainrt.checkpoint.inspect import verify
 from trainrt.checkpoint.jobs import run_jobs
-from trainrt.checkpoint.journal import Journal
+from trainrt.checkpoint.journal import Journal, Noted
 from trainrt.checkpoint.mapping.description import Description
+from trainrt.checkpoint.reader import read_range
 from trainrt.checkpoint.replicas import Replicas
-from trainrt.checkpoint.writer import MODEL_ROLES, ChunkPlan, WritePlan, finish, gather, partial, prepare
+from trainrt.checkpoint.writer import (
+    MODEL_ROLES,
+    ChunkPlan,
+    WritePlan,
+    final_name,
+    finish,
+    gather,
+    partial,
+    prepare,
+    write_range,
+)
 from trainrt.errors import CheckpointError, ConfigError, nearest
 
 TARGETS = ("universal", "hf")
@@ -55,14 +67,15 @@ class Conversion:
         return sum(chunk.length for chunk in self.plan.chunks)
 
     def fingerprint(self) -> str:
-        """Of the plan and the source's files: another one is another conversion."""
+        """Of the plan, the source's files and how they are read: another one is another conversion."""
         files = [
             (str(path.relative_to(self.opened.path)), path.stat().st_size, path.stat().st_mtime_ns)
             for path in sorted(self.opened.path.rglob("*"))
             if path.is_file()
         ]
         units = [(chunk.file, chunk.offset, chunk.length) for chunk in self.plan.chunks]
-        return hashlib.sha256(json.dumps([self.format, files, units]).encode()).hexdigest()
+        layout = self.opened.source.layout.to_json()
+        return hashlib.sha256(json.dumps([self.format, files, layout, units]).encode()).hexdigest()
 
 
 def convert(
@@ -90,6 +103,7 @@ def convert(
     replicas = Replicas(work.opened, average=average)
     if work.target.exists():
         compare(work, replicas)
+        shutil.rmtree(work.work, ignore_errors=True)
         written = 0
     else:
         written = _carry_out(work, replicas, jobs=count, restart=restart, progress=progress)
@@ -144,11 +158,15 @@ def _carry_out(
     folder = partial(work.work, work.plan.step)
     journal = Journal(work.work / "journal.jsonl", work.fingerprint())
     done = journal.begin()
+    made = work.work / final_name(work.plan.step)
+    if (made / "COMMIT").exists():
+        # All was there but the name.
+        _publish(work, made)
+        return 0
     if not folder.exists() or not done:
         prepare(work.plan, work.work)
         done = journal.restart()
-    sound = {key: noted for key, noted in done.items() if _same_output(folder, work.plan, key, noted)}
-    left = [chunk for chunk in work.plan.chunks if (chunk.file, chunk.offset) not in sound]
+    left = [chunk for chunk in work.plan.chunks if not _is_written(chunk, folder, done)]
     total = len(work.plan.chunks)
     progress(total - len(left), total)
     shares = [left[number::jobs] for number in range(jobs)]
@@ -166,14 +184,8 @@ def _carry_out(
 def _write_units(chunks: list[ChunkPlan], work: Conversion, replicas: Replicas, journal: Journal, folder: Path) -> None:
     """One job's share, in a process of its own."""
     for chunk, data in _gathered(chunks, work, replicas):
-        fd = os.open(folder / chunk.file, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            view, offset = memoryview(data), chunk.offset  # type: ignore[arg-type]
-            while view:
-                written = os.pwrite(fd, view, offset)
-                view, offset = view[written:], offset + written
-        finally:
-            os.close(fd)
+        with (folder / chunk.file).open("r+b", buffering=0) as file:
+            write_range(file.fileno(), chunk.offset, data)
         digest = xxhash.xxh3_64_hexdigest(data)
         journal.note(chunk.file, chunk.offset, source=digest, output=digest)
 
@@ -187,33 +199,36 @@ def _gathered(chunks: list[ChunkPlan], work: Conversion, replicas: Replicas) -> 
         release(work.opened.source)
 
 
-def _same_output(folder: Path, plan: WritePlan, key: tuple[str, int], noted: dict[str, str]) -> bool:
-    """Whether what a unit wrote before the interruption is still there."""
-    chunk = next((chunk for chunk in plan.chunks if (chunk.file, chunk.offset) == key), None)
-    if chunk is None:
+def _is_written(chunk: ChunkPlan, folder: Path, done: Noted) -> bool:
+    """Whether a unit is noted, and what it wrote before the interruption is still there."""
+    noted = done.get((chunk.file, chunk.offset))
+    if noted is None:
         return False
-    with (folder / chunk.file).open("rb") as file:
-        file.seek(chunk.offset)
-        return xxhash.xxh3_64_hexdigest(file.read(chunk.length)) == noted["output"]
+    return xxhash.xxh3_64_hexdigest(read_range(folder / chunk.file, chunk.offset, chunk.length)) == noted["output"]
 
 
 def _publish(work: Conversion, made: Path) -> None:
-    """Give the target its name, at once."""
+    """Give the target its name, at once. A model whose config is not known has no config.json, rather than an empty one."""
+    if work.format == "hf" and not work.opened.metadata["model_config"]:
+        (made / "model" / "config.json").unlink(missing_ok=True)
     os.replace(made / "model" if work.format == "hf" else made, work.target)
     shutil.rmtree(work.work)
 
 
 def compare(work: Conversion, replicas: Replicas) -> None:
     """Whether a target that is there is what this conversion would make. Raises ConfigError where it is not."""
+    problems = verify(work.target)["problems"] if (work.target / "manifest.json").exists() else []
+    if problems:
+        raise ConfigError(
+            f"{work.target}: is there already, and damaged: {problems[0]['file']}: {problems[0]['message']}"
+        )
     for chunk, data in _gathered(list(work.plan.chunks), work, replicas):
         path = work.target / (chunk.file.removeprefix("model/") if work.format == "hf" else chunk.file)
         try:
-            with path.open("rb") as file:
-                file.seek(chunk.offset)
-                held = file.read(chunk.length)
-        except OSError:
-            held = b""
-        if held != data.tobytes():
+            same = np.array_equal(read_range(path, chunk.offset, chunk.length), data)
+        except (OSError, CheckpointError):
+            same = False
+        if not same:
             raise ConfigError(
                 f"{work.target}: is there already, and is not what this conversion makes ({chunk.name}, {chunk.role}); "
                 "give another target, or remove it"

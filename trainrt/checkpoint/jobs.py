@@ -37,9 +37,8 @@ def run_jobs(jobs: Sequence[Callable[[], None]], *, poll: Callable[[], None]) ->
         raise errors.get()
     for process in processes:
         if process.exitcode:
-            raise TrainrtError(
-                f"a job was ended by {signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode}"
-            )
+            code = process.exitcode
+            raise TrainrtError(f"a job ended by {signal.Signals(-code).name if code < 0 else f'exit code {code}'}")
 
 
 def _run(job: Callable[[], None], errors: Any, parent: int) -> None:
@@ -51,3 +50,6 @@ def _run(job: Callable[[], None], errors: Any, parent: int) -> None:
         job()
     except TrainrtError as error:
         errors.put(error)
+    except Exception as error:
+        # What it is called is all that a pickle of it is sure to bring across.
+        errors.put(TrainrtError(f"{type(error).__name__}: {error}"))

@@ -154,9 +154,14 @@ def _chunks(
     return made
 
 
+def final_name(step: int) -> str:
+    """What a checkpoint is called when it is whole."""
+    return f"step-{step:08d}"
+
+
 def partial(directory: Path, step: int) -> Path:
     """Where a checkpoint of a directory is written before it has its name."""
-    return directory / f".step-{step:08d}.partial"
+    return directory / f".{final_name(step)}.partial"
 
 
 def prepare(plan: WritePlan, directory: Path) -> None:
@@ -210,10 +215,7 @@ def write_part(plan: WritePlan, directory: Path, writer: str, source: Source) ->
             if chunk.file not in files:
                 files[chunk.file] = os.open(folder / chunk.file, os.O_WRONLY | os.O_CLOEXEC)
             data = gather(plan.tensors[chunk.name, chunk.role], chunk.start, chunk.stop, source, writer)
-            view, offset = memoryview(data), chunk.offset
-            while view:
-                written = os.pwrite(files[chunk.file], view, offset)
-                view, offset = view[written:], offset + written
+            write_range(files[chunk.file], chunk.offset, data)
             results.append({"file": chunk.file, "offset": chunk.offset, "xxh3": xxhash.xxh3_64_hexdigest(data)})
         for fd in files.values():
             os.fsync(fd)
@@ -223,6 +225,14 @@ def write_part(plan: WritePlan, directory: Path, writer: str, source: Source) ->
         for fd in files.values():
             os.close(fd)
     return results
+
+
+def write_range(fd: int, offset: int, data: np.ndarray) -> None:
+    """Bytes at a place of a file, all of them."""
+    view = memoryview(data)  # type: ignore[arg-type]
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def gather(tensor: LogicalTensor, start: int, stop: int, source: Source, writer: str) -> np.ndarray:
@@ -265,7 +275,7 @@ def finish(plan: WritePlan, directory: Path, results: Sequence[Mapping[str, Any]
         _sync(folder / sub)
     _write_durable(folder / "COMMIT", hashlib.sha256(text).hexdigest().encode() + b"\n")
     _sync(folder)
-    final = directory / f"step-{plan.step:08d}"
+    final = directory / final_name(plan.step)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(folder, final)
     _sync(directory)

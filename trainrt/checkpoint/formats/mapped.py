@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,7 @@ def open_checkpoint(path: Path, description: Description, *, model_config: Mappi
     for file, at in places:
         for array in _arrays(file, description, at):
             role, name = description.role_of(array.name)
-            arrays.append(
-                StoredArray(
-                    name, role, array.dtype, array.shape, array.storage, array.base, array.strides, array.start, at
-                )
-            )
+            arrays.append(replace(array, name=name, role=role))
     before = description.layers_before(arrays)
     layout, unknown, coordinates = compile_reading(
         description.rules, arrays, variables=description.numbers(model_config or {}),

@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainrt.checkpoint.mapping.rules import StoredArray
 from trainrt.errors import CheckpointError
-
-__all__ = ["array_of", "load", "records", "tensors_of"]
 
 
 class StandIn:
@@ -47,9 +45,9 @@ def load(path: Path, *, stand_ins: Sequence[str] = (), part: tuple[int, int] | N
         raise CheckpointError(f"{path}: no zip file as torch.save writes them (files of torch before 1.6 are not read)")
     globals_: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in stand_ins]
     try:
-        with torch.serialization.safe_globals(globals_), FakeTensorMode():
-            file: Any = path if part is None else Window(path, *part)
-            return torch.load(file, weights_only=True, map_location="cpu")
+        window = Window(path, *(part or (0, path.stat().st_size)))
+        with window as file, torch.serialization.safe_globals(globals_), FakeTensorMode():
+            return torch.load(cast("IO[bytes]", file), weights_only=True, map_location="cpu")
     except Exception as error:
         said = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(f"{path}: refused: {said or type(error).__name__}: {_first_line(error)}") from error

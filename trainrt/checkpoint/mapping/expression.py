@@ -151,6 +151,9 @@ class Shard:
             joined.setdefault(frozen(at), {})[index] = shape
         whole: Pieces = {}
         for place, parts in joined.items():
+            missing = set(range(max(parts))) - set(parts)
+            if missing:
+                raise LayoutError(f"shard over {self.axis!r}: nothing is stored at {self.axis} {min(missing)}")
             lengths = [parts[index][self.dim] for index in sorted(parts)][:: self.repeat]
             found.lengths[id(self), place] = lengths
             first = parts[min(parts)]
@@ -224,15 +227,22 @@ class Interleave:
 
 @dataclass(frozen=True)
 class Stack:
-    """An array for each index along a new dimension: as many as there are tensors of these names."""
+    """An array for each index along a new dimension: as many as there are tensors of these names.
+
+    `make` gives the same object for the same index: what is learned of an expression is kept by its identity.
+    """
 
     make: Callable[[int], Expression]
     dim: int = 0
 
     def resolve(self, pieces: Pieces, found: Shapes) -> None:
-        for place, shape in pieces.items():
-            for index in range(shape[self.dim]):
-                self.make(index).resolve({place: (*shape[: self.dim], *shape[self.dim + 1 :])}, found)
+        for index in range(max(shape[self.dim] for shape in pieces.values())):
+            layer = {
+                place: (*shape[: self.dim], *shape[self.dim + 1 :])
+                for place, shape in pieces.items()
+                if index < shape[self.dim]
+            }
+            self.make(index).resolve(layer, found)
 
     def _count(self, known: Shapes, at: Coordinate) -> int:
         for index in itertools.count():

@@ -10,6 +10,7 @@ arithmetic. Bare words are variables: numbers of the model (`heads`), of the mes
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Callable, Mapping
 
@@ -155,7 +156,7 @@ class _Maker:
         over = self._word(given.get("over"), "over")
         if over is None or len(arguments) != 1:
             raise self._wrong('stack wants one array and over="placeholder"')
-        return Stack(lambda index: self.make(arguments[0], {**values, over: index}), dim)
+        return Stack(functools.cache(lambda index: self.make(arguments[0], {**values, over: index})), dim)
 
     def _numbers(self, node: ast.expr | None, values: Values) -> tuple[int, ...]:
         if node is None:
