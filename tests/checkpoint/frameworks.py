@@ -54,8 +54,20 @@ def batch(rank: int) -> Any:
     return torch.randint(0, LLAMA["vocab_size"], (2, 16), generator=generator)
 
 
+def save(rank: int, folder: Path, expected: dict[str, np.ndarray]) -> None:
+    """Hand to the test what the framework says it holds."""
+    import torch.distributed as dist
+
+    if rank == 0:
+        np.savez(folder / "expected.npz", **expected)
+    dist.barrier()
+
+
 def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
-    """Three steps of a tiny Llama under ZeRO, saved; the state as DeepSpeed's own accessors show it."""
+    """Three steps of a tiny Llama under ZeRO, saved; the state as DeepSpeed's own accessors show it, and three more losses.
+
+    With `load` the three losses after a checkpoint that was loaded.
+    """
     world, stage, dtype = options["world"], options["stage"], options.get("dtype", "float32")
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
@@ -81,14 +93,25 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
         "zero_optimization": {
             "stage": stage, "sub_group_size": options.get("sub_group_size", 1e9), "stage3_param_persistence_threshold": 0,
         },
-        "bf16": {"enabled": dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16"}, "checkpoint": {"load_universal": options.get("universal", False)},
     }  # fmt: skip
     optimizer = torch.optim.AdamW(groups or [p for p in model.parameters() if p.requires_grad], lr=1e-3)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=True)
-    for _ in range(options.get("steps", 3)):
-        loss = engine(input_ids=batch(rank), labels=batch(rank)).loss
-        engine.backward(loss)
-        engine.step()
+
+    def steps(count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            loss = engine(input_ids=batch(rank), labels=batch(rank)).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    if "load" in options:
+        assert engine.load_checkpoint(options["load"])[0] is not None
+        save(rank, folder, {"after/losses": np.array(steps(3))})
+        return
+    steps(options.get("steps", 3))
     engine.save_checkpoint(str(folder / "checkpoint"))
     expected = {}
     for name, parameter in engine.module.named_parameters():
@@ -97,9 +120,8 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
             # DeepSpeed 0.19 does not find the moments of more than one group (stages 1 and 2).
             for role in ("exp_avg", "exp_avg_sq") if groups is None or stage == 3 else ():
                 expected[f"{role}/{name}"] = safe_get_full_optimizer_state(parameter, role)
-    if rank == 0:
-        np.savez(folder / "expected.npz", **{key: value.detach().float().numpy() for key, value in expected.items()})
-    torch.distributed.barrier()
+    state = {key: value.detach().float().numpy() for key, value in expected.items()}
+    save(rank, folder, state | {"after/losses": np.array(steps(3))})
 
 
 def dcp_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
@@ -144,9 +166,7 @@ def dcp_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> Non
         expected[f"parameter/{name}"] = whole(parameter.detach())
         for role in ("exp_avg", "exp_avg_sq"):
             expected[f"{role}/{name}"] = whole(optimizer.state[parameter][role])
-    if rank == 0:
-        np.savez(folder / "expected.npz", **{key: value.float().numpy() for key, value in expected.items()})
-    dist.barrier()
+    save(rank, folder, {key: value.float().numpy() for key, value in expected.items()})
     dist.destroy_process_group()
 
 

@@ -24,6 +24,7 @@ from trainrt.checkpoint.formats import open_any
 from trainrt.checkpoint.inspect import diff, verify
 from trainrt.checkpoint.progress import memory_bytes
 from trainrt.checkpoint.source import digest
+from trainrt.checkpoint.targets import Shape
 from trainrt.errors import CheckpointError, ConfigError
 
 
@@ -143,16 +144,16 @@ def test_a_changed_source_is_noticed_and_restart_begins_anew(
     assert digests(target) == digests(model)
 
 
-@pytest.mark.parametrize("to", ["universal", "hf"])
+@pytest.mark.parametrize(("to", "shape"), [("universal", Shape()), ("hf", Shape()), ("deepspeed", Shape(world=2))])
 def test_an_end_just_before_the_name_is_given_costs_nothing(
-    to: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    to: str, shape: Shape, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr("trainrt.checkpoint.convert._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            convert(model, tmp_path / "out", to=to)
+            convert(model, tmp_path / "out", to=to, shape=shape)
     assert not (tmp_path / "out").exists()
-    assert convert(model, tmp_path / "out", to=to)["bytes_written"] == 0
+    assert convert(model, tmp_path / "out", to=to, shape=shape)["bytes_written"] == 0
     assert digests(tmp_path / "out") == digests(model)
     assert not (tmp_path / ".out.converting").exists()
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial as partial_of
 from pathlib import Path
@@ -23,26 +23,18 @@ import xxhash
 
 from trainrt.checkpoint.formats import open_any
 from trainrt.checkpoint.formats.opened import Opened, release
-from trainrt.checkpoint.inspect import verify
 from trainrt.checkpoint.jobs import run_jobs
 from trainrt.checkpoint.journal import Journal, Noted
 from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.reader import read_range
 from trainrt.checkpoint.replicas import Replicas
-from trainrt.checkpoint.writer import (
-    MODEL_ROLES,
-    ChunkPlan,
-    WritePlan,
-    final_name,
-    finish,
-    gather,
-    partial,
-    prepare,
-    write_range,
-)
+from trainrt.checkpoint.source import fill
+from trainrt.checkpoint.targets import TARGETS, Shape, make_target
+from trainrt.checkpoint.targets.array import UNIT
+from trainrt.checkpoint.targets.target import Target, Unit
+from trainrt.checkpoint.writer import sync, write_range
 from trainrt.errors import CheckpointError, ConfigError, nearest
 
-TARGETS = ("universal", "hf")
 JOB_BYTES = 160 << 20
 """What a job takes beside the interpreter: a unit as it is read, gathered and written, and what is mapped of the source."""
 BASE_BYTES = 512 << 20
@@ -53,18 +45,18 @@ class Conversion:
     """What is to be done: the target's files and units, and what it has no place for."""
 
     opened: Opened
-    target: Path
+    path: Path
     format: str
-    plan: WritePlan
+    target: Target
     lost: tuple[str, ...]
 
     @property
     def work(self) -> Path:
-        return self.target.parent / f".{self.target.name}.converting"
+        return self.path.parent / f".{self.path.name}.converting"
 
     @property
     def bytes(self) -> int:
-        return sum(chunk.length for chunk in self.plan.chunks)
+        return sum(unit.length for unit in self.target.units)
 
     def fingerprint(self) -> str:
         """Of the plan, the source's files and how they are read: another one is another conversion."""
@@ -73,35 +65,38 @@ class Conversion:
             for path in sorted(self.opened.path.rglob("*"))
             if path.is_file()
         ]
-        units = [(chunk.file, chunk.offset, chunk.length) for chunk in self.plan.chunks]
+        units = [(unit.file, unit.offset, unit.length) for unit in self.target.units]
         layout = self.opened.source.layout.to_json()
         return hashlib.sha256(json.dumps([self.format, files, layout, units]).encode()).hexdigest()
 
 
 def convert(
-    source: str | Path, target: str | Path, *, to: str, mapping: str | Path | None = None,
+    source: str | Path, target: str | Path, *, to: str, shape: Shape | None = None, mapping: str | Path | None = None,
     model_config: str | Path | None = None, average: bool = False,
     jobs: int | None = None, memory_bytes: int = 2 << 30, dry_run: bool = False, restart: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Convert a checkpoint. Returns the document of `--json`; see the module for what survives a kill.
 
-    Raises ConfigError for wrong arguments and CheckpointError for a source that is damaged or replicas that differ.
+    `shape`: the mesh and the ranks that the target is cut for. Raises ConfigError for wrong arguments and CheckpointError for a
+    source that is damaged or replicas that differ.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to {to}: allowed: {', '.join(TARGETS)}{nearest(to, TARGETS)}")
     began = time.perf_counter()
-    work = plan_conversion(Path(source), Path(target), to=to, mapping=mapping, model_config=model_config)
+    work = plan_conversion(
+        Path(source), Path(target), to=to, shape=shape or Shape(), mapping=mapping, model_config=model_config
+    )
     count = jobs_for(memory_bytes, jobs)
     document = {
         "source_format": work.opened.format, "recognised_by": work.opened.why, "target_format": to,
-        "tensors": len({(chunk.name, chunk.role) for chunk in work.plan.chunks}), "units": len(work.plan.chunks),
+        "tensors": len({(unit.name, unit.role) for unit in work.target.units}), "units": len(work.target.units),
         "jobs": count, "peak_memory_bytes": BASE_BYTES + count * JOB_BYTES, "lost": list(work.lost),
     }  # fmt: skip
     if dry_run:
         return {**document, "bytes_read": 0, "bytes_written": 0, "bytes_to_write": work.bytes, "seconds": 0.0}
     replicas = Replicas(work.opened, average=average)
-    if work.target.exists():
+    if work.path.exists():
         compare(work, replicas)
         shutil.rmtree(work.work, ignore_errors=True)
         written = 0
@@ -111,8 +106,9 @@ def convert(
 
 
 def plan_conversion(
-    source: Path, target: Path, *, to: str, mapping: str | Path | None = None, model_config: str | Path | None = None
-) -> Conversion:
+    source: Path, path: Path, *, to: str, shape: Shape, mapping: str | Path | None = None,
+    model_config: str | Path | None = None,
+) -> Conversion:  # fmt: skip
     """Open the source and plan the target's files."""
     config = None
     if model_config is not None:
@@ -123,19 +119,11 @@ def plan_conversion(
             raise ConfigError(f"--model-config {model_config}: {error}") from error
     described = Description.load(Path(mapping)) if mapping is not None else None
     opened = open_any(source, model_config=config, mapping=described)
-    layout, lost = opened.source.layout, [f"{name}: not understood" for name in opened.unknown]
-    if to == "hf":
-        kept = layout.only(lambda tensor, _: tensor.role in MODEL_ROLES)
-        roles = sorted({role for _, role in layout.tensors} - set(MODEL_ROLES))
-        lost += [f"{role}: a Hugging Face model has no place for it" for role in roles]
-        if not opened.metadata["model_config"]:
-            lost.append("config.json: not known (--model-config gives it)")
-        layout = kept
-    if not layout.tensors:
+    if not opened.source.layout.tensors:
         raise CheckpointError(f"{source}: holds no tensors")
-    metadata = {"step": 0, "run_id": "", **opened.metadata}
-    plan = WritePlan.build(layout, metadata, writers=["convert"], writer_of_rank={})
-    return Conversion(opened, target.absolute(), to, plan, tuple(lost))
+    lost = [f"{name}: not understood" for name in opened.unknown]
+    opened, target, unplaced = make_target(opened, to, shape)
+    return Conversion(opened, path.absolute(), to, target, (*lost, *unplaced))
 
 
 def jobs_for(memory_bytes: int, asked: int | None) -> int:
@@ -155,81 +143,75 @@ def _carry_out(
     """Write what is not there yet, then make it visible. Returns the bytes written."""
     if restart:
         shutil.rmtree(work.work, ignore_errors=True)
-    folder = partial(work.work, work.plan.step)
-    journal = Journal(work.work / "journal.jsonl", work.fingerprint())
+    target, journal = work.target, Journal(work.work / "journal.jsonl", work.fingerprint())
     done = journal.begin()
-    made = work.work / final_name(work.plan.step)
-    if (made / "COMMIT").exists():
-        # All was there but the name.
-        _publish(work, made)
-        return 0
-    if not folder.exists() or not done:
-        prepare(work.plan, work.work)
+    if not target.folder(work.work).exists() or not done:
+        target.prepare(work.work)
         done = journal.restart()
-    left = [chunk for chunk in work.plan.chunks if not _is_written(chunk, folder, done)]
-    total = len(work.plan.chunks)
+    folder = target.folder(work.work)
+    left = [unit for unit in target.units if not _is_written(unit, target, folder, done)]
+    total = len(target.units)
     progress(total - len(left), total)
     shares = [left[number::jobs] for number in range(jobs)]
     run_jobs(
-        [partial_of(_write_units, share, work, replicas, journal, folder) for share in shares],
+        [partial_of(_write_units, share, work, replicas, journal, folder) for share in shares if share],
         poll=lambda: progress(len(journal.read()), total),
     )
-    noted = journal.read()
-    results = [{"file": file, "offset": offset, "xxh3": facts["output"]} for (file, offset), facts in noted.items()]
-    _publish(work, finish(work.plan, work.work, results))
+    made = target.finish(work.work, {key: facts["output"] for key, facts in journal.read().items()})
+    _publish(work, made)
     progress(total, total)
-    return sum(chunk.length for chunk in left)
-
-
-def _write_units(chunks: list[ChunkPlan], work: Conversion, replicas: Replicas, journal: Journal, folder: Path) -> None:
-    """One job's share, in a process of its own."""
-    for chunk, data in _gathered(chunks, work, replicas):
-        with (folder / chunk.file).open("r+b", buffering=0) as file:
-            write_range(file.fileno(), chunk.offset, data)
-        digest = xxhash.xxh3_64_hexdigest(data)
-        journal.note(chunk.file, chunk.offset, source=digest, output=digest)
-
-
-def _gathered(chunks: list[ChunkPlan], work: Conversion, replicas: Replicas) -> Iterator[tuple[ChunkPlan, np.ndarray]]:
-    """The bytes of each unit, with its replicas compared."""
-    for chunk in chunks:
-        tensor = work.plan.tensors[chunk.name, chunk.role]
-        data = gather(tensor, chunk.start, chunk.stop, work.opened.source, "convert")
-        yield chunk, replicas.checked(tensor, chunk.start, chunk.stop, data)
-        release(work.opened.source)
-
-
-def _is_written(chunk: ChunkPlan, folder: Path, done: Noted) -> bool:
-    """Whether a unit is noted, and what it wrote before the interruption is still there."""
-    noted = done.get((chunk.file, chunk.offset))
-    if noted is None:
-        return False
-    return xxhash.xxh3_64_hexdigest(read_range(folder / chunk.file, chunk.offset, chunk.length)) == noted["output"]
+    return sum(unit.length for unit in left)
 
 
 def _publish(work: Conversion, made: Path) -> None:
-    """Give the target its name, at once. A model whose config is not known has no config.json, rather than an empty one."""
-    if work.format == "hf" and not work.opened.metadata["model_config"]:
-        (made / "model" / "config.json").unlink(missing_ok=True)
-    os.replace(made / "model" if work.format == "hf" else made, work.target)
+    """Give the target its name, at once."""
+    os.replace(made, work.path)
+    sync(work.path.parent)
     shutil.rmtree(work.work)
+
+
+def _write_units(units: list[Unit], work: Conversion, replicas: Replicas, journal: Journal, folder: Path) -> None:
+    """One job's share, in a process of its own."""
+    for unit in units:
+        data = _gathered(unit, work, replicas)
+        with (folder / unit.file).open("r+b", buffering=0) as file:
+            write_range(file.fileno(), unit.offset, data)
+        journal.note(
+            unit.file, unit.offset, source=xxhash.xxh3_64_hexdigest(data), output=work.target.checksum(data)
+        )  # fmt: skip
+
+
+def _gathered(unit: Unit, work: Conversion, replicas: Replicas) -> np.ndarray:
+    """The bytes of a unit, with its replicas compared."""
+    wanted = work.target.layout(unit)
+    storage = np.zeros(unit.length, np.uint8)
+    fill(wanted, {(-1, UNIT): storage}, work.opened.source)
+    replicas.checked(wanted, storage)
+    release(work.opened.source)
+    return storage
+
+
+def _is_written(unit: Unit, target: Target, folder: Path, done: Noted) -> bool:
+    """Whether a unit is noted, and what it wrote before the interruption is still there."""
+    noted = done.get((unit.file, unit.offset))
+    if noted is None:
+        return False
+    return target.checksum(read_range(folder / unit.file, unit.offset, unit.length)) == noted["output"]
 
 
 def compare(work: Conversion, replicas: Replicas) -> None:
     """Whether a target that is there is what this conversion would make. Raises ConfigError where it is not."""
-    problems = verify(work.target)["problems"] if (work.target / "manifest.json").exists() else []
-    if problems:
-        raise ConfigError(
-            f"{work.target}: is there already, and damaged: {problems[0]['file']}: {problems[0]['message']}"
-        )
-    for chunk, data in _gathered(list(work.plan.chunks), work, replicas):
-        path = work.target / (chunk.file.removeprefix("model/") if work.format == "hf" else chunk.file)
+    problem = work.target.problem(work.path)
+    if problem is not None:
+        raise ConfigError(f"{work.path}: is there already, and damaged: {problem}")
+    for unit in work.target.units:
         try:
-            same = np.array_equal(read_range(path, chunk.offset, chunk.length), data)
-        except (OSError, CheckpointError):
+            held = read_range(work.path / work.target.place(unit), unit.offset, unit.length)
+            same = np.array_equal(held, _gathered(unit, work, replicas))
+        except OSError:
             same = False
         if not same:
             raise ConfigError(
-                f"{work.target}: is there already, and is not what this conversion makes ({chunk.name}, {chunk.role}); "
+                f"{work.path}: is there already, and is not what this conversion makes ({unit.name}, {unit.role}); "
                 "give another target, or remove it"
             )

@@ -9,7 +9,7 @@ import torch
 
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.errors import CheckpointError
-from trainrt.parallel.layout import Fragment, Key, LogicalTensor, contiguous_strides, flat_range
+from trainrt.parallel.layout import Fragment, Key, Layout, LogicalTensor
 
 
 class Replicas:
@@ -26,26 +26,31 @@ class Replicas:
             if sum(fragment.box.elements for fragment in fragments) > tensor.bytes // tensor.item_bytes
         }
 
-    def checked(self, tensor: LogicalTensor, start: int, stop: int, data: np.ndarray) -> np.ndarray:
-        """The elements [start, stop) as gathered, compared with all who hold them. Raises CheckpointError where they differ."""
-        if tensor.key not in self._several:
-            return data
-        source = self._opened.source
-        flat = data.view(f"u{tensor.item_bytes}")
-        copies: list[tuple[Fragment, np.ndarray, np.ndarray]] = []
-        for box, at in flat_range(tensor.shape, start, stop):
-            mine = Fragment(-1, box, "gathered", contiguous_strides(box.length), at)
-            for fragment in source.layout.fragments[tensor.key]:
-                common = box.intersect(fragment.box)
-                if common is not None:
-                    held = source.read(tensor, fragment.narrow(common))
-                    copies.append((fragment, mine.narrow(common).view(flat.view(np.uint8), tensor.item_bytes), held))
-        differing = [fragment for fragment, gathered, held in copies if not np.array_equal(gathered, held)]
-        if not differing:
-            return data
-        if not self._average:
+    def checked(self, wanted: Layout, storage: np.ndarray) -> None:
+        """Compare what was gathered into the storage of `wanted` with all who hold it.
+
+        Raises CheckpointError where they differ.
+        """
+        for tensor, fragments in wanted:
+            if tensor.key in self._several:
+                for fragment in fragments:
+                    self._check(tensor, fragment, fragment.view(storage, tensor.item_bytes))
+
+    def _check(self, tensor: LogicalTensor, wanted: Fragment, gathered: np.ndarray) -> None:
+        copies: list[tuple[Fragment, tuple[slice, ...], np.ndarray]] = []
+        for fragment in self._opened.source.layout.fragments[tensor.key]:
+            common = wanted.box.intersect(fragment.box)
+            if common is not None:
+                where = tuple(
+                    slice(a - b, a - b + n)
+                    for a, b, n in zip(common.offset, wanted.box.offset, common.length, strict=True)
+                )
+                copies.append((fragment, where, self._opened.source.read(tensor, fragment.narrow(common))))
+        differing = [fragment for fragment, where, held in copies if not np.array_equal(gathered[where], held)]
+        if differing and not self._average:
             raise CheckpointError(self._message(tensor, differing))
-        return self._mean(tensor, data, copies)
+        if differing:
+            gathered[...] = _mean(tensor, gathered.shape, [(where, held) for _, where, held in copies])
 
     def _message(self, tensor: LogicalTensor, differing: list[Fragment]) -> str:
         ranks = sorted({self._name(fragment.rank) for fragment in differing})
@@ -58,18 +63,16 @@ class Replicas:
         at: Any = self._opened.coordinates.get(rank, {})
         return " ".join(f"{axis} {index}" for axis, index in at.items()) or f"rank {rank}"
 
-    @staticmethod
-    def _mean(
-        tensor: LogicalTensor, data: np.ndarray, copies: list[tuple[Fragment, np.ndarray, np.ndarray]]
-    ) -> np.ndarray:
-        dtype = getattr(torch, tensor.dtype)
-        sums = torch.zeros(data.size // tensor.item_bytes, dtype=torch.float64)
-        counts = torch.zeros_like(sums)
-        origin = data.__array_interface__["data"][0]
-        for _, gathered, held in copies:
-            at = (gathered.__array_interface__["data"][0] - origin) // tensor.item_bytes
-            strides = tuple(step // tensor.item_bytes for step in gathered.strides)
-            values = torch.from_numpy(np.ascontiguousarray(held).view(np.uint8).reshape(-1)).view(dtype).double()
-            sums.as_strided(held.shape, strides, at).add_(values.view(held.shape))
-            counts.as_strided(held.shape, strides, at).add_(1)
-        return (sums / counts).float().to(dtype).view(torch.uint8).numpy()
+
+def _mean(
+    tensor: LogicalTensor, shape: tuple[int, ...], copies: list[tuple[tuple[slice, ...], np.ndarray]]
+) -> np.ndarray:
+    dtype = getattr(torch, tensor.dtype)
+    sums = torch.zeros(shape, dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    for where, held in copies:
+        values = torch.from_numpy(np.ascontiguousarray(held).view(np.uint8).reshape(-1)).view(dtype).double()
+        sums[where] += values.view(held.shape)
+        counts[where] += 1
+    mean = (sums / counts).float().to(dtype).contiguous()
+    return mean.view(-1).view(torch.uint8).numpy().view(f"u{tensor.item_bytes}").reshape(shape)

@@ -25,7 +25,7 @@ import trainrt
 from trainrt.checkpoint.manifest import SCHEMA, Chunk, alias_entry, file_digest, safetensors_header, tensor_entry
 from trainrt.checkpoint.source import Source, fill
 from trainrt.errors import CheckpointError
-from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides, flat_range
+from trainrt.parallel.layout import Fragment, Key, Layout, LogicalTensor, contiguous_strides, flat_range
 
 CHUNK_BYTES = 16 << 20
 FILE_BYTES = 4 << 30
@@ -238,16 +238,18 @@ def write_range(fd: int, offset: int, data: np.ndarray) -> None:
 def gather(tensor: LogicalTensor, start: int, stop: int, source: Source, writer: str) -> np.ndarray:
     """The elements [start, stop) of a tensor's C order, from wherever the source holds them: flat uint8."""
     storage = np.empty((stop - start) * tensor.item_bytes, np.uint8)
-    target = Layout()
-    for box, at in flat_range(tensor.shape, start, stop):
-        target.add(tensor, Fragment(-1, box, writer, _strides(box), start=at))
+    target = chunk_layout(tensor, start, stop, writer)
     if target.tensors:
         fill(target, {(-1, writer): storage}, source)
     return storage
 
 
-def _strides(box: Box) -> tuple[int, ...]:
-    return contiguous_strides(box.length)
+def chunk_layout(tensor: LogicalTensor, start: int, stop: int, storage: str) -> Layout:
+    """The elements [start, stop) of a tensor's C order, as they stand in a storage of rank -1."""
+    layout = Layout()
+    for box, at in flat_range(tensor.shape, start, stop):
+        layout.add(tensor, Fragment(-1, box, storage, contiguous_strides(box.length), start=at))
+    return layout
 
 
 def finish(plan: WritePlan, directory: Path, results: Sequence[Mapping[str, Any]]) -> Path:
@@ -271,14 +273,14 @@ def finish(plan: WritePlan, directory: Path, results: Sequence[Mapping[str, Any]
     _write_durable(folder / "manifest.json", text)
     for sub in ("model", "optimizer"):
         for path in (folder / sub).iterdir():
-            _sync(path)
-        _sync(folder / sub)
+            sync(path)
+        sync(folder / sub)
     _write_durable(folder / "COMMIT", hashlib.sha256(text).hexdigest().encode() + b"\n")
-    _sync(folder)
+    sync(folder)
     final = directory / final_name(plan.step)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(folder, final)
-    _sync(directory)
+    sync(directory)
     return final
 
 
@@ -328,7 +330,8 @@ def _write_durable(path: Path, content: bytes) -> None:
         os.fsync(out.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the entries of a directory, durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from trainrt.checkpoint.formats import torch_file
 from trainrt.checkpoint.formats.files import FileSource
-from trainrt.checkpoint.formats.opened import Opened, Rounded
+from trainrt.checkpoint.formats.opened import Cast, Opened
 from trainrt.checkpoint.mapping.expression import Shape
 from trainrt.checkpoint.mapping.rules import Rule, StoredArray, compile_reading
 from trainrt.checkpoint.source import Source
 from trainrt.errors import CheckpointError
-from trainrt.parallel.layout import Layout
+from trainrt.parallel.layout import Layout, LogicalTensor
 
 NAME = "deepspeed"
 OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+FORMAT_VERSION = "0.19.8"
+"""The DeepSpeed whose files these are."""
 STAND_INS = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -74,9 +76,9 @@ def open_checkpoint(path: Path, *, model_config: Mapping[str, Any] | None = None
 
 def with_rounded(source: Source, facts: Facts) -> Source:
     """With the parameters of a low precision, where only their masters are stored."""
-    masters = source.layout.tensors
-    held = {name: masters[name, "master"] for name in facts.shapes if (name, "master") in masters}
-    return Rounded(source, {(name, "parameter"): master for name, master in held.items()}, facts.module_dtype)
+    tensors = source.layout.tensors
+    masters = [tensors[name, "master"] for name in facts.shapes if (name, "master") in tensors]
+    return Cast(source, {LogicalTensor(m.name, "parameter", facts.module_dtype, m.shape): m for m in masters})
 
 
 def _optimizer_files(tag: Path) -> list[Path]:
@@ -182,7 +184,7 @@ def _flat(
     rules, arrays = [], []
     steps: dict[str, int] = {}
     for number, names in enumerate(parts):
-        rules.append(Rule(f"flat.{number}", _expression(names, world, stage)))
+        rules.append(Rule(f"flat.{number}", flat_expression(names, world, stage)))
         for rank, (file, state) in enumerate(zip(files, states, strict=True)):
             arrays.append(torch_file.array_of(state[key][number], file, f"flat.{number}", role, dp=rank))
             for moment, value in _moments(state, number).items():
@@ -193,9 +195,10 @@ def _flat(
     return rules, arrays, steps
 
 
-def _expression(names: Mapping[str, Shape], world: int, stage: int) -> str:
+def flat_expression(names: Mapping[str, Shape], world: int, stage: int) -> str:
+    """What the flat tensors of a group (of stage 3: of a sub-group) hold. Stages 1 and 2 pad to an even length on each rank."""
     if stage < 3:
-        return f'partition({", ".join(map(_quoted, names))}, axis="dp")'
+        return f'partition({", ".join(map(_quoted, names))}, axis="dp", multiple=2)'
     pieces = ", ".join(f'partition({_quoted(name)}, axis="dp")' for name in names)
     sizes = ", ".join(str(-(-math.prod(shape) // world)) for shape in names.values())
     return f"concat({pieces}, sizes=({sizes},))"

@@ -6,11 +6,11 @@ import bisect
 import mmap
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from trainrt.checkpoint.formats import torch_file
 from trainrt.errors import CheckpointError
@@ -85,7 +85,7 @@ class MappedFile:
         """In pieces, whose memory is given back: a record may be larger than the memory there is."""
         crc = 0
         for at in range(start, start + size, PIECE_BYTES):
-            crc = zlib.crc32(self.data[at : min(at + PIECE_BYTES, start + size)], crc)
+            crc = zlib_ng.crc32(self.data[at : min(at + PIECE_BYTES, start + size)], crc)
             if size > PIECE_BYTES:
                 self.release()
         return crc

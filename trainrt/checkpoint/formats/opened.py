@@ -12,7 +12,7 @@ import torch
 
 from trainrt.checkpoint.mapping.expression import Coordinate
 from trainrt.checkpoint.source import Source
-from trainrt.parallel.layout import Fragment, Key, Layout, LogicalTensor
+from trainrt.parallel.layout import Fragment, Layout, LogicalTensor
 
 
 @dataclass(slots=True)
@@ -32,23 +32,28 @@ class Opened:
         return int(self.metadata.get("step", 0))
 
 
-class Rounded:
-    """A source that shows some tensors in a lower precision besides: parameters, where only their masters are stored."""
+class Cast:
+    """A source that shows some tensors in another role or dtype as well.
 
-    def __init__(self, source: Source, derived: Mapping[Key, LogicalTensor], dtype: str) -> None:
-        self._source, self._derived, self._dtype = source, dict(derived), getattr(torch, dtype)
+    Parameters where only their masters are stored, masters of a model that has none.
+    """
+
+    def __init__(self, source: Source, shown: Mapping[LogicalTensor, LogicalTensor]) -> None:
+        """`shown`: a tensor to the one it is made of."""
+        self._source, self._origin = source, {tensor.key: origin for tensor, origin in shown.items()}
         self.layout = Layout()
         self.layout.merge(source.layout)
-        for (name, role), master in self._derived.items():
-            self.layout.add(LogicalTensor(name, role, dtype, master.shape), *source.layout.fragments[master.key])
+        for tensor, origin in shown.items():
+            self.layout.add(tensor, *source.layout.fragments[origin.key])
 
     def read(self, tensor: LogicalTensor, fragment: Fragment) -> np.ndarray:
-        master = self._derived.get(tensor.key)
-        if master is None:
+        origin = self._origin.get(tensor.key)
+        if origin is None:
             return self._source.read(tensor, fragment)
-        exact = self._source.read(master, fragment).view(np.float32)
-        rounded = torch.from_numpy(exact.copy()).to(self._dtype)
-        return rounded.view(torch.int16).numpy().view(np.uint16).reshape(exact.shape)
+        held = self._source.read(origin, fragment).copy()
+        values = torch.from_numpy(held.view(np.uint8).reshape(-1)).view(getattr(torch, origin.dtype))
+        cast = values.to(getattr(torch, tensor.dtype)).view(torch.uint8).numpy()
+        return cast.view(f"u{tensor.item_bytes}").reshape(fragment.box.length)
 
     def release(self) -> None:
         release(self._source)

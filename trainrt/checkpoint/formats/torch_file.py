@@ -123,13 +123,18 @@ def records(path: Path, *, part: tuple[int, int] | None = None) -> list[tuple[in
     found = []
     window = Window(path, *(part or (0, path.stat().st_size)))
     offset = part[0] if part else 0
-    with window as file, zipfile.ZipFile(file) as archive:
+    with window as file, zipfile.ZipFile(cast("IO[bytes]", file)) as archive:
         for entry in archive.infolist():
             if "/data/" not in entry.filename:
                 continue
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{path}: {entry.filename} is compressed; torch.save does not do that")
-            file.seek(entry.header_offset + 26)
-            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-            found.append((offset + entry.header_offset + 30 + name + extra, entry.file_size, entry.CRC))
+            found.append((offset + data_offset(cast("IO[bytes]", file), entry), entry.file_size, entry.CRC))
     return found
+
+
+def data_offset(file: IO[bytes], entry: zipfile.ZipInfo) -> int:
+    """Where the data of an entry begins: behind its header, its name and what pads it."""
+    file.seek(entry.header_offset + 26)
+    name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    return entry.header_offset + 30 + name + extra

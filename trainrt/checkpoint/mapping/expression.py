@@ -49,6 +49,11 @@ class Patch:
     steps: Shape | None = None
     """In a flat array: how far apart, in elements, neighbours along each of the box's dimensions lie."""
 
+    @classmethod
+    def whole(cls, name: str, shape: Shape) -> Patch:
+        """A logical tensor as an array of its own."""
+        return cls(name, Box.whole(shape), (0,) * len(shape), tuple(range(len(shape))))
+
     def shifted(self, dim: int, by: int) -> Patch:
         moved = list(self.offset)
         moved[dim] += by
@@ -69,6 +74,43 @@ class Patch:
         offset[along] += low - at
         lengths[along] = high - low
         return replace(self, box=Box(tuple(offset), tuple(lengths))).shifted(dim, low - start - at)
+
+    def inside(self, box: Box) -> Iterator[Patch]:
+        """The parts inside a box of the array, seen from the box's first corner."""
+        if self.steps is not None:
+            yield from self._between(box.offset[0], box.offset[0] + box.length[0])
+            return
+        piece: Patch | None = self
+        for dim, (start, length) in enumerate(zip(box.offset, box.length, strict=True)):
+            piece = piece.cut(dim, start, length) if piece is not None else None
+        if piece is not None:
+            yield piece
+
+    def _between(self, start: int, stop: int) -> Iterator[Patch]:
+        """Of a flat array, the parts inside [start, stop), seen from `start`. By their steps its dimensions are nested."""
+        assert self.steps is not None
+        at = self.offset[0]
+        extent = 1 + sum((n - 1) * step for n, step in zip(self.box.length, self.steps, strict=True))
+        if start <= at and at + extent <= stop:
+            yield self.shifted(0, -start)
+        elif at < stop and start < at + extent:
+            # The outermost dimension is cut in what lies wholly inside, and what is cut further.
+            along = max((d for d, n in enumerate(self.box.length) if n > 1), key=lambda d: self.steps[d])  # type: ignore[index]
+            step, count = self.steps[along], self.box.length[along]
+            inner = extent - (count - 1) * step
+            first = min(count, max(0, -(-(start - at) // step)))
+            last = max(first, min(count, (stop - at - inner) // step + 1))
+            for low, high in {(first - 1, first), (first, last), (last, last + 1)}:
+                low, high = max(low, 0), min(high, count)
+                if low < high:
+                    yield from self._slice(along, low, high)._between(start, stop)
+
+    def _slice(self, along: int, low: int, high: int) -> Patch:
+        assert self.steps is not None
+        offset, lengths = list(self.box.offset), list(self.box.length)
+        offset[along] += low
+        lengths[along] = high - low
+        return replace(self, box=Box(tuple(offset), tuple(lengths))).shifted(0, low * self.steps[along])
 
 
 class Shapes:
@@ -116,8 +158,7 @@ class Tensor:
         return known.tensors[self.name]
 
     def patches(self, known: Shapes, at: Coordinate) -> Iterator[Patch]:
-        shape = known.tensors[self.name]
-        yield Patch(self.name, Box.whole(shape), (0,) * len(shape), tuple(range(len(shape))))
+        yield Patch.whole(self.name, known.tensors[self.name])
 
 
 Split = Literal["chunk", "even"]

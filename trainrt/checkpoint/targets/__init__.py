@@ -1,0 +1,43 @@
+"""Formats that are written: which one is meant, and what it takes."""
+
+from __future__ import annotations
+
+from trainrt.checkpoint.formats.opened import Opened
+from trainrt.checkpoint.targets import deepspeed, universal
+from trainrt.checkpoint.targets.shape import Shape
+from trainrt.checkpoint.targets.target import Target
+from trainrt.checkpoint.writer import MODEL_ROLES
+from trainrt.parallel.layout import Layout
+
+__all__ = ["TARGETS", "Shape", "make_target"]
+TARGETS = ("universal", "hf", "deepspeed", "deepspeed-universal")
+
+
+def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, list[str]]:
+    """The target of a format, what it has no place for, and the source as the target reads it.
+
+    Raises ConfigError for a mesh that the format does not have, and CheckpointError where something is missing for it.
+    """
+    shape.check(to)
+    metadata = {"step": 0, "run_id": "", **opened.metadata}
+    layout = opened.source.layout
+    match to:
+        case "universal":
+            return opened, universal.UniversalTarget(layout, metadata), []
+        case "hf":
+            return opened, universal.HuggingFaceTarget(_model(layout), metadata), _lost_of_hf(opened)
+        case "deepspeed":
+            return deepspeed.make(opened, shape)
+    return deepspeed.make_universal(opened, shape)
+
+
+def _model(layout: Layout) -> Layout:
+    return layout.only(lambda tensor, _: tensor.role in MODEL_ROLES)
+
+
+def _lost_of_hf(opened: Opened) -> list[str]:
+    roles = sorted({role for _, role in opened.source.layout.tensors} - set(MODEL_ROLES))
+    lost = [f"{role}: a Hugging Face model has no place for it" for role in roles]
+    if not opened.metadata["model_config"]:
+        lost.append("config.json: not known (--model-config gives it)")
+    return lost

@@ -1,0 +1,83 @@
+"""What a source knows of the training: parameter groups in their order, masters, moments, steps, frozen parameters, buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainrt.checkpoint.formats.opened import Cast, Opened
+from trainrt.errors import CheckpointError
+from trainrt.parallel.layout import Key, LogicalTensor
+
+LOW = ("bfloat16", "float16")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False},
+}
+"""What torch's optimizer of that name wants to find in a group, where a source does not say it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that are trained alike, in their order; `step`: updates so far, None where the source has no optimizer."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+    step: int | None
+
+
+class Training:
+    """See the module. `opened` is the source with masters for every trained parameter, where the model's dtype is low."""
+
+    def __init__(self, opened: Opened) -> None:
+        tensors = opened.source.layout.tensors
+        self.parameters = [t for t in tensors.values() if t.role == "parameter"]
+        self.buffers = [t for t in tensors.values() if t.role == "buffer"]
+        self.aliases: dict[str, str] = dict(opened.metadata.get("aliases", {}))
+        self.step = opened.step
+        held = {tensor.name for tensor in self.parameters}
+        self.moments = sorted({role for name, role in tensors if role not in ("parameter", "master", "buffer")})
+        self.groups = self._groups(opened, held)
+        trained = {name for group in self.groups for name in group.names}
+        self.frozen = [tensor for tensor in self.parameters if tensor.name not in trained]
+        dtypes = {t.dtype for t in self.parameters if t.name in trained} & set(LOW)
+        self.low = min(dtypes) if dtypes else None
+        self.opened = self._with_masters(opened, trained) if self.low else opened
+        self.tensors: dict[Key, LogicalTensor] = self.opened.source.layout.tensors
+
+    @property
+    def master(self) -> str:
+        """The role that has a trained parameter in full precision."""
+        return "master" if self.low else "parameter"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name, "parameter"].shape
+
+    def _groups(self, opened: Opened, held: set[str]) -> list[Group]:
+        optimizer = opened.metadata.get("optimizer") or {}
+        steps: dict[str, int] = optimizer.get("steps", {})
+        moved = {name for name, role in opened.source.layout.tensors if role in self.moments}
+        document = [g for g in optimizer.get("groups", []) if held & set(g["tensors"])]
+        if not document:
+            trained = [t.name for t in self.parameters if not moved or t.name in moved]
+            document = [{"tensors": trained, "hyperparameters": {}}]
+        settings = DEFAULTS.get(optimizer.get("name", "adamw"), {})
+        groups = []
+        for entry in document:
+            names = tuple(name for name in entry["tensors"] if name in held and name not in self.aliases)
+            found = {steps[name] for name in names if name in steps and name in moved}
+            if len(found) > 1:
+                raise CheckpointError(f"{opened.path}: parameters of one group have taken {sorted(found)} steps")
+            step = found.pop() if found else None
+            groups.append(Group(names, {**settings, **_tuples(entry["hyperparameters"])}, step))
+        return groups
+
+    def _with_masters(self, opened: Opened, trained: set[str]) -> Opened:
+        tensors = opened.source.layout.tensors
+        lacking = [t for t in self.parameters if t.name in trained and (t.name, "master") not in tensors]
+        shown = {replace(tensor, role="master", dtype="float32"): tensor for tensor in lacking}
+        return replace(opened, source=Cast(opened.source, shown)) if shown else opened
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain data turns tuples (betas) into lists; torch compares and unpacks either, and saves tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
