@@ -54,12 +54,13 @@ def batch(rank: int) -> Any:
     return torch.randint(0, LLAMA["vocab_size"], (2, 16), generator=generator)
 
 
-def save(rank: int, folder: Path, expected: dict[str, np.ndarray]) -> None:
-    """Hand to the test what the framework says it holds."""
+def save(rank: int, folder: Path, expected: dict[str, np.ndarray], losses: list[float]) -> None:
+    """Hand to the test what the framework says it holds, and the losses of the steps after that."""
     import torch.distributed as dist
 
     if rank == 0:
         np.savez(folder / "expected.npz", **expected)
+        np.save(folder / "losses.npy", losses)
     dist.barrier()
 
 
@@ -109,7 +110,7 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
 
     if "load" in options:
         assert engine.load_checkpoint(options["load"])[0] is not None
-        save(rank, folder, {"after/losses": np.array(steps(3))})
+        save(rank, folder, {}, steps(3))
         return
     steps(options.get("steps", 3))
     engine.save_checkpoint(str(folder / "checkpoint"))
@@ -120,16 +121,18 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
             # DeepSpeed 0.19 does not find the moments of more than one group (stages 1 and 2).
             for role in ("exp_avg", "exp_avg_sq") if groups is None or stage == 3 else ():
                 expected[f"{role}/{name}"] = safe_get_full_optimizer_state(parameter, role)
-    state = {key: value.detach().float().numpy() for key, value in expected.items()}
-    save(rank, folder, state | {"after/losses": np.array(steps(3))})
+    save(rank, folder, {key: value.detach().float().numpy() for key, value in expected.items()}, steps(3))
 
 
 def dcp_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
-    """Three steps under FSDP2 x TP, saved as torch.distributed.checkpoint.state_dict names it."""
+    """Three steps under FSDP2 x TP, saved as torch.distributed.checkpoint.state_dict names it, and three more losses.
+
+    With `load` the three losses after a checkpoint that was loaded.
+    """
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -152,12 +155,27 @@ def dcp_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> Non
         fully_shard(layer, mesh=mesh["dp"])
     fully_shard(model, mesh=mesh["dp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
-    for _ in range(3):
-        data = batch(mesh.get_coordinate()[0])
-        model(input_ids=data, labels=data).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def steps(count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            data = batch(mesh.get_coordinate()[0])
+            loss = model(input_ids=data, labels=data).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    if "load" in options:
+        weights, state = get_state_dict(model, optimizer, options=flat)
+        dcp.load({"model": weights, "optim": state}, checkpoint_id=options["load"])
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=flat)
+        save(rank, folder, {}, steps(3))
+        dist.destroy_process_group()
+        return
+    steps(3)
     weights, state = get_state_dict(model, optimizer, options=flat)
     dcp.save({"model": weights, "optim": state}, checkpoint_id=str(folder / "checkpoint"))
     expected = {}
@@ -166,7 +184,7 @@ def dcp_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> Non
         expected[f"parameter/{name}"] = whole(parameter.detach())
         for role in ("exp_avg", "exp_avg_sq"):
             expected[f"{role}/{name}"] = whole(optimizer.state[parameter][role])
-    save(rank, folder, {key: value.float().numpy() for key, value in expected.items()})
+    save(rank, folder, {key: value.float().numpy() for key, value in expected.items()}, steps(3))
     dist.destroy_process_group()
 
 

@@ -64,3 +64,15 @@ def release(source: Source) -> None:
     give_back = getattr(source, "release", None)
     if give_back is not None:
         give_back()
+
+
+def by_settings(settings: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameters with equal hyperparameters, as the groups of a manifest."""
+    groups: list[dict[str, Any]] = []
+    for name, held in settings.items():
+        same = next((group for group in groups if group["hyperparameters"] == held), None)
+        if same is None:
+            groups.append({"tensors": [name], "hyperparameters": held})
+        else:
+            same["tensors"].append(name)
+    return groups

@@ -65,10 +65,10 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def array_of(tensor: Tensor, path: Path, name: str, role: str, **at: int) -> StoredArray:
-    """A loaded (fake) tensor as an array of its file."""
+def array_of(tensor: Tensor, path: Path, name: str, role: str, *, within: int = 0, **at: int) -> StoredArray:
+    """A loaded (fake) tensor as an array of its file; `within`: where the part of it begins that was loaded."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    base, start = int(tensor.untyped_storage()._checkpoint_offset or 0), int(tensor.storage_offset())
+    base, start = within + int(tensor.untyped_storage()._checkpoint_offset or 0), int(tensor.storage_offset())
     return StoredArray(name, role, dtype, tuple(tensor.shape), str(path), base, tuple(tensor.stride()), start, at)
 
 

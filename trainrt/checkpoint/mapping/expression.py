@@ -418,10 +418,7 @@ def _flattened(patches: Iterator[Patch], box: Box, at: int) -> Iterator[Patch]:
     """What lies in a box of an array, when the box is laid out flat from `at` on."""
     strides = contiguous_strides(box.length)
     for patch in patches:
-        piece: Patch | None = patch
-        for dim, (start, length) in enumerate(zip(box.offset, box.length, strict=True)):
-            piece = piece.cut(dim, start, length) if piece is not None else None
-        if piece is not None:
+        for piece in patch.inside(box):
             offset = at + sum(o * s for o, s in zip(piece.offset, strides, strict=True))
             steps = tuple(strides[axis] for axis in piece.axes)
             yield replace(piece, offset=(offset,), axes=(0,) * len(piece.axes), steps=steps)

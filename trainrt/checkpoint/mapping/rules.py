@@ -6,6 +6,7 @@ them. Both go through the same expressions, so what was written is read back the
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections import defaultdict
@@ -15,12 +16,15 @@ from dataclasses import dataclass, field
 from trainrt.checkpoint.mapping import language
 from trainrt.checkpoint.mapping.expression import Coordinate, Patch, Pieces, Shape, Shapes, frozen
 from trainrt.errors import LayoutError
-from trainrt.parallel.layout import Fragment, Key, Layout, LogicalTensor, contiguous_strides
+from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides
 
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """An array of a file (`storage`) at byte `base`; `strides` and `start` in elements; `at`: its file's coordinate."""
+    """An array of a file (`storage`) at byte `base`; `strides` and `start` in elements; `at`: its file's coordinate.
+
+    One that does not lie in one place has `parts`, which say where, instead of a storage.
+    """
 
     name: str
     role: str
@@ -31,6 +35,13 @@ class StoredArray:
     strides: Shape | None = None
     start: int = 0
     at: Coordinate = field(default_factory=dict)
+    parts: Parts | None = None
+
+    def fragments(self, patch: Patch, rank: int) -> list[Fragment]:
+        """Where a patch of this array lies, in one file or in those of its parts."""
+        if self.parts is None:
+            return [self.fragment(patch, rank)]
+        return [part.array.fragment(piece, rank) for part in self.parts.near(patch) for piece in patch.inside(part.box)]
 
     def fragment(self, patch: Patch, rank: int) -> Fragment:
         """Where a patch of this array lies in the file."""
@@ -39,6 +50,32 @@ class StoredArray:
         steps = patch.steps if patch.steps is not None else (1,) * len(patch.axes)
         along = tuple(strides[axis] * step for axis, step in zip(patch.axes, steps, strict=True))
         return Fragment(rank, patch.box, self.storage, along, start, self.base)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of an array that is an array of some file in itself."""
+
+    box: Box
+    array: StoredArray
+
+
+class Parts:
+    """The parts of one array, found by where they are along its first dimension."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = sorted(parts, key=lambda part: part.box.offset)
+        self._firsts = [part.box.offset[:1] for part in self._parts]
+        self._longest = max((part.box.length[0] for part in self._parts if part.box.length), default=0)
+
+    def near(self, patch: Patch) -> Sequence[Part]:
+        """Those that a patch may touch."""
+        if not patch.offset:
+            return self._parts
+        low = patch.offset[0]
+        high = low + (patch.box.length[patch.axes.index(0)] if 0 in patch.axes else 1)
+        first = bisect.bisect_right(self._firsts, (low - self._longest,))
+        return self._parts[first : bisect.bisect_left(self._firsts, (high,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +175,7 @@ def _read_group(
         for array, _ in held:
             for patch in expression.patches(found, array.at):
                 tensor = LogicalTensor(patch.name, array.role, array.dtype, found.tensors[patch.name])
-                layout.add(tensor, array.fragment(patch, ranks[frozen(array.at)]))
+                layout.add(tensor, *array.fragments(patch, ranks[frozen(array.at)]))
     except KeyError as error:
         raise LayoutError(f"{held[0][0].name}: the shape of {error.args[0]} is not known") from error
     except LayoutError as error:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from trainrt.checkpoint.formats.opened import Opened
-from trainrt.checkpoint.targets import deepspeed, universal
+from trainrt.checkpoint.targets import dcp, deepspeed, universal
 from trainrt.checkpoint.targets.shape import Shape
 from trainrt.checkpoint.targets.target import Target
 from trainrt.checkpoint.writer import MODEL_ROLES
 from trainrt.parallel.layout import Layout
 
 __all__ = ["TARGETS", "Shape", "make_target"]
-TARGETS = ("universal", "hf", "deepspeed", "deepspeed-universal")
+TARGETS = ("universal", "hf", "deepspeed", "deepspeed-universal", "dcp")
 
 
 def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, list[str]]:
@@ -28,7 +28,9 @@ def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, 
             return opened, universal.HuggingFaceTarget(_model(layout), metadata), _lost_of_hf(opened)
         case "deepspeed":
             return deepspeed.make(opened, shape)
-    return deepspeed.make_universal(opened, shape)
+        case "deepspeed-universal":
+            return deepspeed.make_universal(opened, shape)
+    return dcp.make(opened)
 
 
 def _model(layout: Layout) -> Layout:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from trainrt.checkpoint.formats.opened import Cast, Opened
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Key, LogicalTensor
 
 LOW = ("bfloat16", "float16")
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False},
-}
-"""What torch's optimizer of that name wants to find in a group, where a source does not say it."""
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "muon": torch.optim.Muon}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class Training:
         if not document:
             trained = [t.name for t in self.parameters if not moved or t.name in moved]
             document = [{"tensors": trained, "hyperparameters": {}}]
-        settings = DEFAULTS.get(optimizer.get("name", "adamw"), {})
+        settings = _defaults(optimizer.get("name", "adamw"))
         groups = []
         for entry in document:
             names = tuple(name for name in entry["tensors"] if name in held and name not in self.aliases)
@@ -76,6 +75,14 @@ class Training:
         lacking = [t for t in self.parameters if t.name in trained and (t.name, "master") not in tensors]
         shown = {replace(tensor, role="master", dtype="float32"): tensor for tensor in lacking}
         return replace(opened, source=Cast(opened.source, shown)) if shown else opened
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What torch's optimizer of that name has in a group, where a source does not say it."""
+    if name not in OPTIMIZERS:
+        return {}
+    (group,) = OPTIMIZERS[name]([torch.nn.Parameter(torch.empty(1, 1))]).param_groups
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
