@@ -39,12 +39,14 @@ def make(framework: str, folder: Path, **options: Any) -> dict[str, np.ndarray]:
         return {key: held[key] for key in held.files}
 
 
-def llama(*, dtype: str = "float32", **changes: Any) -> Any:
+def llama(*, dtype: str = "float32", architecture: str = "Llama", **changes: Any) -> Any:
+    """A tiny Llama, or another architecture that takes the same config."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes})).to(getattr(torch, dtype))
+    config = getattr(transformers, f"{architecture}Config")(**{**LLAMA, **changes})
+    return getattr(transformers, f"{architecture}ForCausalLM")(config).to(getattr(torch, dtype))
 
 
 def batch(rank: int) -> Any:

@@ -17,6 +17,7 @@ from trainrt.config import DataConfig, JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
 from trainrt.parallel.mesh import choose_device
+from trainrt.parallel.packing import packed_parts
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.derive import derive
 from trainrt.parallel.planner.rules import find_blocks
@@ -24,7 +25,6 @@ from trainrt.parallel.search import assess, choose
 from trainrt.run_dir import read_json
 from trainrt.training.data import Corpus, open_corpus
 from trainrt.training.models.build import build_meta, stored_dtype, weight_files
-from trainrt.training.models.packing import packed_parts
 from trainrt.training.pipeline import Pipeline, load_pipeline
 
 SNAPSHOT_SECONDS = 2e-3

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainrt.checkpoint.formats import dcp, deepspeed, deepspeed_universal, hf, mapped
 from trainrt.checkpoint.formats.opened import Opened
+from trainrt.checkpoint.live import LiveModel, unpacked
 from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.reader import Universal
 from trainrt.errors import CheckpointError, LayoutError
@@ -36,12 +37,11 @@ def _open(path: Path, model_config: Mapping[str, Any] | None, mapping: Descripti
         return mapped.open_checkpoint(path, mapping, model_config=model_config)
     if (path / "manifest.json").exists() or (path / "COMMIT").exists():
         return _universal(path, model_config)
-    if deepspeed.recognise(path) is not None:
-        return deepspeed.open_checkpoint(path, model_config=model_config)
-    if deepspeed_universal.recognise(path) is not None:
-        return deepspeed_universal.open_checkpoint(path, model_config=model_config)
-    if dcp.recognise(path) is not None:
-        return dcp.open_checkpoint(path, model_config=model_config)
+    for live in (deepspeed, deepspeed_universal, dcp):
+        if live.recognise(path) is not None:
+            opened = live.open_checkpoint(path, model_config=model_config)
+            model = LiveModel.of(opened.metadata["model_config"])
+            return opened if model is None else unpacked(opened, model)
     if hf.recognise(path) is not None:
         return hf.open_checkpoint(path, model_config=model_config)
     raise CheckpointError(f"{path}: no checkpoint of a format that is known ({', '.join(READ)})")

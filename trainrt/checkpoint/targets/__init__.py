@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainrt.checkpoint.formats.opened import Opened
+from trainrt.checkpoint.live import LiveModel, packed
 from trainrt.checkpoint.targets import dcp, deepspeed, universal
 from trainrt.checkpoint.targets.shape import Shape
 from trainrt.checkpoint.targets.target import Target
@@ -27,10 +28,16 @@ def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, 
         case "hf":
             return opened, universal.HuggingFaceTarget(_model(layout), metadata), _lost_of_hf(opened)
         case "deepspeed":
-            return deepspeed.make(opened, shape)
+            return deepspeed.make(*_live(opened), shape)
         case "deepspeed-universal":
-            return deepspeed.make_universal(opened, shape)
-    return dcp.make(opened)
+            return deepspeed.make_universal(*_live(opened), shape)
+    return dcp.make(*_live(opened))
+
+
+def _live(opened: Opened) -> tuple[Opened, LiveModel | None]:
+    """The source under the names that its model has in memory, and that model where it is known."""
+    model = LiveModel.of(opened.metadata["model_config"])
+    return (opened, None) if model is None else (packed(opened, model), model)
 
 
 def _model(layout: Layout) -> Layout:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from trainrt.checkpoint.formats.dcp import OURS
 from trainrt.checkpoint.formats.dcp_items import METADATA
 from trainrt.checkpoint.formats.opened import Opened
+from trainrt.checkpoint.live import LiveModel
 from trainrt.checkpoint.mapping.expression import Patch
 from trainrt.checkpoint.targets.array import TargetArray
 from trainrt.checkpoint.targets.files import FilesTarget, TargetFile
@@ -52,8 +53,8 @@ class Item:
     """Shape and dtype of the whole."""
 
 
-def make(opened: Opened) -> tuple[Opened, Target, list[str]]:
-    training = Training(opened)
+def make(opened: Opened, model: LiveModel | None) -> tuple[Opened, Target, list[str]]:
+    training = Training(opened, model)
     metadata = Metadata({}, planner_data={}, storage_data={}, version=CURRENT_DCP_VERSION)
     files = []
     for number, (items, archives) in enumerate(_files(_items(training))):

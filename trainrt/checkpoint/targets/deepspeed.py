@@ -11,6 +11,7 @@ import torch
 
 from trainrt.checkpoint.formats.deepspeed import FORMAT_VERSION, flat_expression
 from trainrt.checkpoint.formats.opened import Opened
+from trainrt.checkpoint.live import LiveModel
 from trainrt.checkpoint.mapping.rules import Rule, compile_writing
 from trainrt.checkpoint.targets.array import TargetArray
 from trainrt.checkpoint.targets.files import FilesTarget, TargetFile
@@ -29,18 +30,18 @@ Flat = dict[tuple[int, int], TargetArray]
 """(number of a flat tensor, rank) to what it is made of."""
 
 
-def make(opened: Opened, shape: Shape) -> tuple[Opened, Target, list[str]]:
+def make(opened: Opened, model: LiveModel | None, shape: Shape) -> tuple[Opened, Target, list[str]]:
     """Raises ConfigError where the number of ranks is not said."""
     if shape.world is None:
         raise ConfigError("--to deepspeed wants --world N: DeepSpeed loads ZeRO states on as many ranks as wrote them")
-    training = Training(opened)
+    training = Training(opened, model)
     ranks = _Ranks(training, shape.world, shape.zero_stage or 1)
     states = [*ranks.optimizer_states(), *ranks.model_states()]
     files = [TargetFile(f"{ranks.tag}/{name}", (Skeleton.of(state),)) for name, state in states]
     return training.opened, FilesTarget(files, {"latest": ranks.tag.encode()}), ranks.lost
 
 
-def make_universal(opened: Opened, shape: Shape) -> tuple[Opened, Target, list[str]]:
+def make_universal(opened: Opened, model: LiveModel | None, shape: Shape) -> tuple[Opened, Target, list[str]]:
     """DeepSpeed's universal checkpoint, for ZeRO of any stage (see formats.deepspeed_universal).
 
     Stage 3 looks for a file of facts for every rank. Raises ConfigError where their number is not said.
@@ -50,7 +51,7 @@ def make_universal(opened: Opened, shape: Shape) -> tuple[Opened, Target, list[s
         raise ConfigError(
             "--to deepspeed-universal --zero-stage 3 wants --world N: each rank looks for a file of its own"
         )
-    training = Training(opened)
+    training = Training(opened, model)
     ranks = _Ranks(training, shape.world or 1, stage)
     states = [("zero/optimizer_state.pt", ranks.common()), *ranks.model_states()]
     for group in training.groups:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trainrt.checkpoint.formats.opened import Cast, Opened
+from trainrt.checkpoint.live import LiveModel
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Key, LogicalTensor
 
@@ -27,7 +28,7 @@ class Group:
 class Training:
     """See the module. `opened` is the source with masters for every trained parameter, where the model's dtype is low."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, model: LiveModel | None) -> None:
         tensors = opened.source.layout.tensors
         self.parameters = [t for t in tensors.values() if t.role == "parameter"]
         self.buffers = [t for t in tensors.values() if t.role == "buffer"]
@@ -35,7 +36,7 @@ class Training:
         self.step = opened.step
         held = {tensor.name for tensor in self.parameters}
         self.moments = sorted({role for name, role in tensors if role not in ("parameter", "master", "buffer")})
-        self.groups = self._groups(opened, held)
+        self.groups = self._groups(opened, held, model)
         trained = {name for group in self.groups for name in group.names}
         self.frozen = [tensor for tensor in self.parameters if tensor.name not in trained]
         dtypes = {t.dtype for t in self.parameters if t.name in trained} & set(LOW)
@@ -51,13 +52,15 @@ class Training:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name, "parameter"].shape
 
-    def _groups(self, opened: Opened, held: set[str]) -> list[Group]:
+    def _groups(self, opened: Opened, held: set[str], model: LiveModel | None) -> list[Group]:
         optimizer = opened.metadata.get("optimizer") or {}
         steps: dict[str, int] = optimizer.get("steps", {})
         moved = {name for name, role in opened.source.layout.tensors if role in self.moments}
         document = [g for g in optimizer.get("groups", []) if held & set(g["tensors"])]
         if not document:
             trained = [t.name for t in self.parameters if not moved or t.name in moved]
+            order = {name: number for number, name in enumerate(model.order if model is not None else ())}
+            trained.sort(key=lambda name: order.get(name, len(order)))
             document = [{"tensors": trained, "hyperparameters": {}}]
         settings = _defaults(optimizer.get("name", "adamw"))
         groups = []
