@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from trainrt.launch.incidents import Incident, Ledger
 from trainrt.run_dir import RunDir
 
@@ -24,7 +26,7 @@ def fault(kind: str = "worker_exit", **fields: Any) -> Incident:
 def test_a_fault_is_written_when_a_step_is_completed_again(tmp_path: Path) -> None:
     held, run_dir = ledger(tmp_path)
     held.open(fault())
-    held.restored("memory", steps_lost=1)
+    held.restored("memory", steps_lost=1, find_seconds=0.0)
     assert run_dir.read_incidents() == []
     held.stepped()
     (line,) = run_dir.read_incidents()
@@ -32,11 +34,37 @@ def test_a_fault_is_written_when_a_step_is_completed_again(tmp_path: Path) -> No
     assert line["recovered_seconds"] >= 0
 
 
+def test_the_phases_of_a_recovery_add_up(tmp_path: Path) -> None:
+    held, run_dir = ledger(tmp_path)
+    held.open(fault())
+    held.open(fault("store_loss"))
+    held.restored("parity", steps_lost=0, find_seconds=0.002)
+    time.sleep(0.02)
+    for seconds in (0.004, 0.001):
+        held.has_read(seconds)
+    held.stepped()
+    held.protected()
+    line, store = run_dir.read_incidents()
+    assert line["phases"]["restore_seconds"] == pytest.approx(0.006)
+    assert sum(line["phases"].values()) == pytest.approx(line["recovered_seconds"])
+    assert min(line["phases"].values()) >= 0
+    assert store["phases"] is None
+
+
+def test_a_fault_after_the_last_restore_has_no_phases(tmp_path: Path) -> None:
+    held, run_dir = ledger(tmp_path)
+    held.restored("none", steps_lost=0, find_seconds=0.0)
+    held.has_read(0.0)
+    held.open(fault())
+    held.stepped()
+    assert run_dir.read_incidents()[0]["phases"] is None
+
+
 def test_the_steps_to_redo_are_counted_once(tmp_path: Path) -> None:
     held, run_dir = ledger(tmp_path)
     held.open(fault())
     held.open(fault("node_loss"))
-    held.restored("disk", steps_lost=7)
+    held.restored("disk", steps_lost=7, find_seconds=0.0)
     held.stepped()
     assert [line["steps_lost"] for line in run_dir.read_incidents()] == [7, 0]
 
@@ -44,7 +72,7 @@ def test_the_steps_to_redo_are_counted_once(tmp_path: Path) -> None:
 def test_the_loss_of_a_store_is_over_with_a_commit_and_redoes_nothing(tmp_path: Path) -> None:
     held, run_dir = ledger(tmp_path)
     held.open(fault("store_loss"))
-    held.restored("memory", steps_lost=3)
+    held.restored("memory", steps_lost=3, find_seconds=0.0)
     held.stepped()
     assert held.store_lost and run_dir.read_incidents() == []
     held.protected()

@@ -356,6 +356,8 @@ class Driver:
                     return self._stepped(state)
             case "phase":
                 self.phases[message["name"]] = max(self.phases.get(message["name"], 0.0), round(message["seconds"], 3))
+                if message["name"] == "restore":
+                    self.ledger.has_read(message["seconds"])
             case "lost":
                 diagnosing = self._symptom(state, event.at)
                 diagnosing.symptoms.parked[rank] = message["message"]
@@ -553,7 +555,7 @@ class Driver:
             self.ledger.cannot_restore()
             raise
         self.watch.begin(running.seats, time.monotonic())
-        self.ledger.restored(origin.kind, steps_lost=steps_lost)
+        self.ledger.restored(origin.kind, steps_lost=steps_lost, find_seconds=running.find_seconds)
         self.protection.ordered(running)
         self.status.set(incarnation=running.number, world_size=running.world_size, step=running.completed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ class Incarnation:
         self._spares = names[config.cluster.nodes :]
         self.finished: dict[int, str] = {}
         self.origin = Origin("none", 0)
+        self.find_seconds = 0.0
         self._rendezvous: Any = None
         self._abandoned = False
         self.committed_once = False
@@ -176,7 +178,9 @@ class Incarnation:
         self._abandoned = False
         # From here on the stores commit nothing of the last incarnation, so what they answer stays true.
         self.configure_stores()
+        began = time.monotonic()
         self.origin = self._find_origin()
+        self.find_seconds = time.monotonic() - began
         self.progress = Progress(self.world_size, done=self.origin.step)
         self.finished.clear()
         specs: dict[str, list[dict[str, Any]]] = {}

@@ -32,11 +32,34 @@ class Incident:
     steps_lost: int = 0
     restored_from: str = "none"
     action: str = "restart"
+    phases: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         document = asdict(self)
         del document["detected_at"]
         return {**document, "time": now()}
+
+
+@dataclass(slots=True)
+class Restore:
+    """How the newest incarnation got its state: `find_seconds` to find it (and decode what was lost), `read_seconds` of the
+    slowest rank to read it. `done_at`, of `time.monotonic()`: when the last rank had it.
+    """
+
+    find_seconds: float
+    read_seconds: float = 0.0
+    done_at: float | None = None
+
+    def phases(self, detected_at: float, stepped_at: float) -> dict[str, float] | None:
+        """The parts of `recovered_seconds`: all before and between is the restart's. None where nothing was restored since."""
+        if self.done_at is None or self.done_at < detected_at:
+            return None
+        restoring = self.find_seconds + self.read_seconds
+        return {
+            "restart_seconds": self.done_at - detected_at - restoring,
+            "restore_seconds": restoring,
+            "first_step_seconds": stepped_at - self.done_at,
+        }
 
 
 class Ledger:
@@ -48,6 +71,7 @@ class Ledger:
     def __init__(self, run_dir: RunDir, kept: Path, *, tell: Callable[[dict[str, Any]], None]) -> None:
         self._run_dir, self._kept, self._tell = run_dir, kept, tell
         age = time.time() - time.monotonic()
+        self._restore: Restore | None = None
         left = read_json(kept) or {"open": []}
         self._open = [Incident(**{**entry, "detected_at": entry["detected_at"] - age}) for entry in left["open"]]
 
@@ -79,13 +103,23 @@ class Ledger:
         """The fault that is being dealt with."""
         return [held for held in self._open if held.kind != STORE_LOSS][-1]
 
-    def restored(self, origin: str, *, steps_lost: int) -> None:
-        """An incarnation was ordered: the first open fault that had none yet bears the steps to redo."""
+    def restored(self, origin: str, *, steps_lost: int, find_seconds: float) -> None:
+        """An incarnation was ordered: the first open fault that had none yet bears the steps to redo.
+
+        `find_seconds`: how long it took to find the state, and to decode what was lost of it.
+        """
+        self._restore = Restore(find_seconds)
         for incident in self._open:
             if incident.kind != STORE_LOSS and incident.restored_from == "none":
                 incident.restored_from, incident.steps_lost = origin, steps_lost
                 steps_lost = 0
         self._keep()
+
+    def has_read(self, seconds: float) -> None:
+        """A rank of the newest incarnation has read its state."""
+        if self._restore is not None:
+            self._restore.read_seconds = max(self._restore.read_seconds, seconds)
+            self._restore.done_at = time.monotonic()
 
     def stepped(self) -> None:
         """All ranks completed a step: every fault but a store's is over."""
@@ -114,6 +148,8 @@ class Ledger:
         for incident in incidents:
             if recovered:
                 incident.recovered_seconds = at - incident.detected_at
+                if self._restore is not None and incident.kind != STORE_LOSS:
+                    incident.phases = self._restore.phases(incident.detected_at, at)
             self._open.remove(incident)
             self.write(incident.to_json())
         if incidents:

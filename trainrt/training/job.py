@@ -85,13 +85,12 @@ class Job:
         meta = meta_model(config, pipeline)
         plan = make_plan(config, world_size=spec.world_size, model=meta, mesh=MeshSize(**spec.mesh))
         groups = make_groups(plan.mesh, device_of(spec))
-        source = open_state(spec)
-        model = whole_model(config, pipeline.model, fresh=source is None)
+        model = whole_model(config, pipeline.model, fresh=spec.restore["from"] == "none")
         engine = NativeEngine(model, plan, groups, config=config, loss=loss_function(config, pipeline), rank=spec.rank)
         clock.phase("model")
         train, validation, digest = open_samples(config, pipeline)
         clock.phase("data")
-        done = 0
+        done, source = 0, open_state(spec)
         if source is not None:
             restore(engine, source)
             done, engine.updates = progress_of(source)
