@@ -6,25 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from tests.jobs import engine, train
 from tests.ranks import run_ranks
 from trainrt.checkpoint.source import MemorySource, digest
-from trainrt.checkpoint.universal import Universal, WritePlan, write
+from trainrt.checkpoint.together import open_together
+from trainrt.checkpoint.universal import WritePlan, write
 from trainrt.config import JobConfig
 from trainrt.parallel.layout import Key, Layout
 
 
 def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, first: int, target: str) -> Any:
-    from trainrt.training.job import progress_of
+    from trainrt.training.job import load_state, progress_of
     from trainrt.training.manifest import constant_metadata, step_metadata
     from trainrt.training.pipeline import Pipeline
-    from trainrt.training.state import Snapshotter, restore
+    from trainrt.training.state import Snapshotter
 
     made = engine(config, rank)
     if start is not None:
-        source = Universal.open(Path(start))
-        restore(made, source)
+        source = open_together(Path(start), dist.group.WORLD, made.groups.device)
+        load_state(made, source, report=lambda *_, **__: None)
         done, made.updates = progress_of(source)
         assert done == first - 1
     snapshotter = Snapshotter(made)

@@ -87,6 +87,10 @@ def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) 
     code, output = run(write_job(tmp_path, small(tmp_path, steps=70, mesh={"tp": 2})), run_dir)
     assert code == 0, output
     assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 71))
+    restored = (run_dir.read_status() or {})["restored_bytes"]
+    assert restored["read"] == restored["wanted"] == restored["stored"] > 0, "each byte was read once in the job"
+    assert "each wanted byte 1.00 times" in output
+    validate("status", run_dir.read_status())
     code, output = run(write_job(tmp_path, small(tmp_path, steps=80, optimizer={"learning_rate": 1e-3})), run_dir)
     assert code == 2 and "optimizer.learning_rate" in output and "--force" in output, output
 

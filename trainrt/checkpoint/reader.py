@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,44 @@ import xxhash
 
 from trainrt.checkpoint.manifest import PADDING, SAFETENSORS_DTYPE, SCHEMA, Chunk, check_name, file_digest, strict_json
 from trainrt.errors import CheckpointError
-from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides
+from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides, flat_range
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk and what it holds: the elements of the tensor's C order from `start` on."""
+
+    tensor: LogicalTensor
+    file: str
+    chunk: Chunk
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.chunk.length // self.tensor.item_bytes
 
 
 class Universal:
-    """An opened checkpoint: a Source whose layout is "everything in one piece".
+    """A checkpoint: a Source whose layout is "everything in one piece".
 
-    Opening checks COMMIT, the manifest and every header and small file; each chunk is checked when it
-    is first read, and its bytes are used from that same read.
+    `open` checks COMMIT, the manifest and every header and small file; each chunk is checked when it
+    is read, and its bytes are used from that same read. `pieces` are its chunks in the order of the
+    files, `bytes_read` what was read of them.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], chunks: dict[Key, list[Chunk]], layout: Layout) -> None:
-        self.path, self.manifest, self.layout = path, manifest, layout
-        self._chunks = chunks
-        self._files = {(entry["name"], entry["role"]): entry["file"] for entry in manifest["tensors"]}
-        self._cached: tuple[Key, np.ndarray] | None = None
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+        self.layout = Layout()
+        self.bytes_read = 0
+        self._cached: tuple[Piece, np.ndarray] | None = None
+        self._pieces: dict[Key, list[Piece]] = {}
+        for entry in manifest["tensors"]:
+            tensor = LogicalTensor(entry["name"], entry["role"], entry["dtype"], tuple(entry["shape"]))
+            if entry["alias_of"] is None:
+                self._pieces[tensor.key] = list(pieces_of(entry))
+                self.layout.add(tensor, Fragment(0, Box.whole(tensor.shape), "file", contiguous_strides(tensor.shape)))
+        held = (piece for pieces in self._pieces.values() for piece in pieces)
+        self.pieces = sorted(held, key=lambda piece: (piece.file, piece.chunk.offset))
 
     @classmethod
     def open(cls, path: Path) -> Universal:
@@ -35,49 +59,64 @@ class Universal:
         manifest = read_manifest(path)
         for problem in structure_problems(path, manifest):
             raise CheckpointError(f"{path}: {problem['file']}: {problem['message']}")
-        layout, chunks = Layout(), {}
-        for entry in manifest["tensors"]:
-            tensor = LogicalTensor(entry["name"], entry["role"], entry["dtype"], tuple(entry["shape"]))
-            if entry["alias_of"] is None:
-                chunks[tensor.key] = [Chunk(**chunk) for chunk in entry["chunks"]]
-                strides = contiguous_strides(tensor.shape)
-                layout.add(tensor, Fragment(0, Box.whole(tensor.shape), "file", strides))
-        return cls(path, manifest, chunks, layout)
+        return cls(path, manifest)
 
     def model_config(self) -> dict[str, Any]:
         """config.json of the model, whose checksum was compared when this was opened."""
         path = self.path / "model" / "config.json"
         return dict(strict_json(path.read_bytes(), str(path)))
 
+    def in_chunks(self) -> Layout:
+        """The same state cut into its chunks: the storage of a fragment is the number of its piece."""
+        layout = Layout()
+        for tensor in self.layout.tensors.values():
+            layout.add(tensor)
+        for number, piece in enumerate(self.pieces):
+            for box, at in flat_range(piece.tensor.shape, piece.start, piece.stop):
+                layout.add(piece.tensor, Fragment(0, box, str(number), contiguous_strides(box.length), at))
+        return layout
+
     def read(self, tensor: LogicalTensor, fragment: Fragment) -> np.ndarray:
         """A box of a tensor. Only the chunks it touches are read, each verified before use."""
         if not fragment.box.elements:
             return np.empty(fragment.box.length, f"u{tensor.item_bytes}")
-        first = fragment.start * tensor.item_bytes
         extent = sum((n - 1) * s for n, s in zip(fragment.box.length, fragment.strides, strict=True))
-        last = first + (extent + 1) * tensor.item_bytes
-        chunks = self._chunks[tensor.key]
-        origin = chunks[0].offset
-        touched = [c for c in chunks if c.offset - origin < last and c.offset - origin + c.length > first]
-        data = np.concatenate([self._chunk(tensor.key, chunk) for chunk in touched]) if len(touched) > 1 else (
-            self._chunk(tensor.key, touched[0])
-        )  # fmt: skip
-        skipped = (touched[0].offset - origin) // tensor.item_bytes
-        shifted = Fragment(0, fragment.box, "", fragment.strides, fragment.start - skipped)
-        return shifted.view(data, tensor.item_bytes)
+        last = fragment.start + extent
+        touched = [piece for piece in self._pieces[tensor.key] if piece.start <= last and piece.stop > fragment.start]
+        data = [self._chunk(piece) for piece in touched]
+        shifted = Fragment(0, fragment.box, "", fragment.strides, fragment.start - touched[0].start)
+        return shifted.view(np.concatenate(data) if len(data) > 1 else data[0], tensor.item_bytes)
 
-    def _chunk(self, key: Key, chunk: Chunk) -> np.ndarray:
-        mark = (key[0], f"{key[1]}@{chunk.offset}")
-        if self._cached is not None and self._cached[0] == mark:
-            return self._cached[1]
-        data = read_range(self.path / self._files[key], chunk.offset, chunk.stored)
-        if xxhash.xxh3_64_hexdigest(data) != chunk.xxh3:
-            raise CheckpointError(
-                f"{self.path}: {self._files[key]}: {key[0]} ({key[1]}) is damaged: the chunk at {chunk.offset} "
-                "does not match its checksum"
-            )
-        self._cached = (mark, data)
-        return data
+    def _chunk(self, piece: Piece) -> np.ndarray:
+        if self._cached is None or self._cached[0] != piece:
+            self._cached = (piece, self.read_pieces([piece])[0])
+        return self._cached[1]
+
+    def read_pieces(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
+        """The bytes of pieces that are neighbours in their file: one read, each verified. Raises CheckpointError."""
+        first, last = pieces[0].chunk, pieces[-1].chunk
+        data = read_range(self.path / pieces[0].file, first.offset, last.offset + last.stored - first.offset)
+        self.bytes_read += data.nbytes
+        chunks = []
+        for piece in pieces:
+            at = piece.chunk.offset - first.offset
+            chunks.append(data[at : at + piece.chunk.stored])
+            if xxhash.xxh3_64_hexdigest(chunks[-1]) != piece.chunk.xxh3:
+                raise CheckpointError(
+                    f"{self.path}: {piece.file}: {piece.tensor.name} ({piece.tensor.role}) is damaged: "
+                    f"the chunk at {piece.chunk.offset} does not match its checksum"
+                )
+        return chunks
+
+
+def pieces_of(entry: dict[str, Any]) -> Iterator[Piece]:
+    """The chunks of a tensor's entry in the manifest, in the tensor's order."""
+    tensor = LogicalTensor(entry["name"], entry["role"], entry["dtype"], tuple(entry["shape"]))
+    start = 0
+    for facts in entry["chunks"]:
+        piece = Piece(tensor, entry["file"], Chunk(**facts), start)
+        yield piece
+        start = piece.stop
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -358,6 +358,8 @@ class Driver:
                 self.phases[message["name"]] = max(self.phases.get(message["name"], 0.0), round(message["seconds"], 3))
                 if message["name"] == "restore":
                     self.ledger.has_read(message["seconds"])
+            case "read":
+                self._on_read({key: message[key] for key in ("read", "wanted", "stored")})
             case "lost":
                 diagnosing = self._symptom(state, event.at)
                 diagnosing.symptoms.parked[rank] = message["message"]
@@ -406,6 +408,15 @@ class Driver:
         self.reliability.line(line)
         self.status.fields["effective_time"] = self.reliability.effective_time()
         self.terminal.metrics(line, steps=self.config.run.steps)
+
+    def _on_read(self, reading: dict[str, int]) -> None:
+        """The state came from a checkpoint; see `Reading`."""
+        self.status.set(restored_bytes=reading)
+        read, stored = reading["read"] / 1e6, reading["stored"] / 1e6
+        times = reading["read"] / max(1, reading["wanted"])
+        self.terminal.line(
+            f"state read from disk: {read:.1f} MB of {stored:.1f} MB, each wanted byte {times:.2f} times"
+        )
 
     def _tell(self, incident: dict[str, Any]) -> None:
         """An incident is over."""

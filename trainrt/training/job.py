@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trainrt.checkpoint.source import Source
 from trainrt.checkpoint.store.client import SnapshotClient, open_generation
+from trainrt.checkpoint.together import fill_together, open_together
 from trainrt.checkpoint.universal import Universal
 from trainrt.config import JobConfig, MeshSize, load
 from trainrt.errors import CheckpointError
@@ -90,9 +93,9 @@ class Job:
         clock.phase("model")
         train, validation, digest = open_samples(config, pipeline)
         clock.phase("data")
-        done, source = 0, open_state(spec)
+        done, source = 0, open_state(spec, groups.device)
         if source is not None:
-            restore(engine, source)
+            load_state(engine, source, report=report)
             done, engine.updates = progress_of(source)
         snapshotter = Snapshotter(engine)
         store = connect_store(spec, snapshotter)
@@ -136,18 +139,29 @@ def open_samples(config: JobConfig, pipeline: Pipeline) -> tuple[SampleSource, S
     return corpus.train, corpus.validation if len(corpus.validation) else None, corpus.digest
 
 
-def open_state(spec: Spec) -> Source | None:
+def open_state(spec: Spec, device: torch.device) -> Source | None:
     """Where this incarnation's state comes from: a generation in memory, a checkpoint, or nowhere."""
     origin = spec.restore["from"]
     if origin == "none":
         return None
     if origin == "disk":
-        return Universal.open(Path(spec.restore["path"]))
+        return open_together(Path(spec.restore["path"]), dist.group.WORLD, device)
     if spec.store is None:
         raise CheckpointError("restore from memory was ordered, but this node has no store")
     return open_generation(
         spec.restore["step"], spec.stores, node=spec.node, socket=spec.store["socket"], token=spec.token
     )
+
+
+def load_state(engine: NativeEngine, source: Source, *, report: Callable[..., None]) -> None:
+    """Fill the engine's state. What is on disk is read by all ranks together; rank 0 reports how much that was."""
+    if not isinstance(source, Universal):
+        restore(engine, source)
+        return
+    together = partial(fill_together, group=dist.group.WORLD, device=engine.groups.device)
+    reading = restore(engine, source, fill=together)
+    if engine.rank == 0:
+        report("read", **asdict(reading))
 
 
 def progress_of(source: Any) -> tuple[int, int]:

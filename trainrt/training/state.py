@@ -5,7 +5,8 @@ The plan says which bytes; this module only moves them between live tensors and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from trainrt.checkpoint.source import Source, fill
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Layout, LogicalTensor
-from trainrt.parallel.plan import Plan, Slot
+from trainrt.parallel.plan import ParameterPlan, Plan, Slot
 from trainrt.training.staging import SideStream
 
 BUCKET_BYTES = 16 << 20
@@ -123,55 +124,70 @@ class Snapshotter:
         return tensor.narrow(0, slot.start, slot.shape[0]) if tensor.dim() else tensor.new_empty(slot.shape)
 
 
+def _slot_bytes(slot: Slot) -> int:
+    return int(np.prod(slot.shape, dtype=np.int64)) * getattr(torch, slot.dtype).itemsize
+
+
 def _view(flat: Tensor, slot: Slot) -> Tensor:
     dtype = getattr(torch, slot.dtype)
     elements = int(np.prod(slot.shape, dtype=np.int64))
     return flat[slot.base : slot.base + elements * dtype.itemsize].view(dtype).view(slot.shape)
 
 
+class Filler(Protocol):
+    """Fills the storages of a target layout from a source: `fill`, or all ranks together."""
+
+    def __call__(self, target: Layout, storages: Mapping[tuple[int, str], np.ndarray], source: Any, /) -> Any: ...
+
+
 @torch.no_grad()
-def restore(holder: StateHolder, source: Source) -> int:
-    """Fill the live state of this rank from any layout of the same tensors. Returns the bytes read.
+def restore(holder: StateHolder, source: Source, *, fill: Filler = fill) -> Any:
+    """Fill the live state of this rank from any layout of the same tensors. Returns what `fill` does.
 
     Weights come from the masters where the source has them, else from the parameters; the rounded
     parameters follow from the masters. Raises CheckpointError where the source lacks a tensor.
     """
-    wanted, slots = _wanted(holder, source)
-    storage = np.empty(max((slot.base + _slot_bytes(slot) for slot in slots), default=0), np.uint8)
-    read = fill(wanted, {(holder.rank, "state"): storage}, source)
-    flat = torch.from_numpy(storage)
-    for slot in slots:
-        holder.tensor(slot.name, slot.role).copy_(_view(flat, slot))
-    return read
-
-
-def _slot_bytes(slot: Slot) -> int:
-    return int(np.prod(slot.shape, dtype=np.int64)) * getattr(torch, slot.dtype).itemsize
-
-
-def _wanted(holder: StateHolder, source: Source) -> tuple[Layout, list[Slot]]:
-    """The target layout in the source's roles and dtypes, and where each local tensor lands."""
-    slots, _ = holder.plan.slots(holder.rank, holder.roles())
-    keep = [slot for slot in slots if not (slot.role == "parameter" and _lower(slot, slots))]
+    target = Layout()
+    storages: dict[tuple[int, str], np.ndarray] = {}
+    apart: list[tuple[Tensor, Tensor]] = []
     by_name = {parameter.name: parameter for parameter in holder.plan.parameters}
-    target, landed, base = Layout(), [], 0
-    for slot in keep:
-        dtype = None
-        for part in by_name[slot.name].parts:
-            held = _held(source, part.name, slot.role)
-            dtype = held.dtype
-            parameter = by_name[slot.name]
-            fragments = parameter.fragments(part, parameter.box(holder.plan.mesh, holder.rank), holder.rank, base)
-            target.add(LogicalTensor(part.name, held.role, held.dtype, part.shape), *fragments)
-        landing = Slot(slot.name, slot.role, dtype or slot.dtype, base, slot.shape)
-        landed.append(landing)
-        base += -(-_slot_bytes(landing) // 64) * 64
-    return target, landed
+    for slot in _wanted(holder):
+        live, storage = holder.tensor(slot.name, slot.role).detach(), f"{slot.role} of {slot.name}"
+        dtype = _describe(target, holder, by_name[slot.name], slot.role, source, storage)
+        if live.device.type == "cpu" and live.dtype == dtype and live.is_contiguous():
+            landing = live
+        else:
+            landing = torch.empty(live.shape, dtype=dtype)
+            apart.append((live, landing))
+        storages[holder.rank, storage] = landing.reshape(-1).view(torch.uint8).numpy()
+    done = fill(target, storages, source)
+    for live, landing in apart:
+        live.copy_(landing)
+    return done
 
 
-def _lower(slot: Slot, slots: list[Slot]) -> bool:
-    """Whether a parameter is only the rounded form of a master that is restored anyway."""
-    return any(other.name == slot.name and other.role == "master" for other in slots)
+def _wanted(holder: StateHolder) -> list[Slot]:
+    """The local tensors that are restored: all but parameters that are the rounded form of a master."""
+    slots, _ = holder.plan.slots(holder.rank, holder.roles())
+    mastered = {slot.name for slot in slots if slot.role == "master"}
+    return [slot for slot in slots if not (slot.role == "parameter" and slot.name in mastered)]
+
+
+def _describe(
+    target: Layout, holder: StateHolder, parameter: ParameterPlan, role: str, source: Source, storage: str
+) -> torch.dtype:
+    """Add what a local tensor holds to the target, in the source's role and dtype. Returns that dtype."""
+    box, dtype = parameter.box(holder.plan.mesh, holder.rank), parameter.dtype
+    for part in parameter.parts:
+        held = _held(source, part.name, role)
+        dtype = held.dtype
+        fragments = parameter.fragments(part, box, holder.rank, base=0)
+        target.add(
+            LogicalTensor(part.name, held.role, held.dtype, part.shape),
+            *(replace(fragment, storage=storage) for fragment in fragments),
+        )
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def _held(source: Source, name: str, role: str) -> LogicalTensor:
