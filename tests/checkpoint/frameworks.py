@@ -190,7 +190,13 @@ def dcp_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> Non
     dist.destroy_process_group()
 
 
-RANKS = {"deepspeed": deepspeed_rank, "dcp": dcp_rank}
+def megatron_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
+    from tests.checkpoint import megatron
+
+    megatron.megatron_rank(rank, port, folder, options)
+
+
+RANKS = {"deepspeed": deepspeed_rank, "dcp": dcp_rank, "megatron": megatron_rank}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainrt.checkpoint.formats import dcp, deepspeed, deepspeed_universal, hf, mapped
+from trainrt.checkpoint.formats import dcp, deepspeed, deepspeed_universal, hf, mapped, megatron, megatron_dist
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.live import LiveModel, unpacked
 from trainrt.checkpoint.mapping.description import Description
@@ -14,7 +14,9 @@ from trainrt.checkpoint.reader import Universal
 from trainrt.errors import CheckpointError, LayoutError
 
 UNIVERSAL = "universal"
-READ = (UNIVERSAL, deepspeed.NAME, deepspeed_universal.NAME, dcp.NAME, hf.NAME)
+READ = (
+    UNIVERSAL, deepspeed.NAME, deepspeed_universal.NAME, megatron.NAME, megatron_dist.NAME, dcp.NAME, hf.NAME,
+)  # fmt: skip
 
 
 def open_any(
@@ -37,11 +39,16 @@ def _open(path: Path, model_config: Mapping[str, Any] | None, mapping: Descripti
         return mapped.open_checkpoint(path, mapping, model_config=model_config)
     if (path / "manifest.json").exists() or (path / "COMMIT").exists():
         return _universal(path, model_config)
+    # Before those of torch, in whose form they are.
+    if megatron_dist.recognise(path) is not None:
+        return megatron_dist.open_checkpoint(path, model_config=model_config)
     for live in (deepspeed, deepspeed_universal, dcp):
         if live.recognise(path) is not None:
             opened = live.open_checkpoint(path, model_config=model_config)
             model = LiveModel.of(opened.metadata["model_config"])
             return opened if model is None else unpacked(opened, model)
+    if megatron.recognise(path) is not None:
+        return megatron.open_checkpoint(path, model_config=model_config)
     if hf.recognise(path) is not None:
         return hf.open_checkpoint(path, model_config=model_config)
     raise CheckpointError(f"{path}: no checkpoint of a format that is known ({', '.join(READ)})")

@@ -93,10 +93,12 @@ class Items:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.tensors[key].size)
 
+    def dtype(self, key: str) -> str:
+        return str(self.tensors[key].properties.state[0]).removeprefix("torch.")
+
     def array(self, key: str, name: str, role: str) -> StoredArray:
         """A tensor, under another name, with each of its items as a part of it."""
-        dtype = str(self.tensors[key].properties.state[0]).removeprefix("torch.")
-        return StoredArray(name, role, dtype, self.shape(key), "", parts=Parts(self._parts(key)))
+        return StoredArray(name, role, self.dtype(key), self.shape(key), "", parts=Parts(self._parts(key)))
 
     def _parts(self, key: str) -> list[Part]:
         found = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainrt.checkpoint.formats import torch_file
 from trainrt.checkpoint.formats.files import FileSource
-from trainrt.checkpoint.formats.opened import Cast, Opened
+from trainrt.checkpoint.formats.opened import Cast, Opened, plain
 from trainrt.checkpoint.mapping.expression import Shape
 from trainrt.checkpoint.mapping.rules import Rule, StoredArray, compile_reading
 from trainrt.checkpoint.source import Source
@@ -148,7 +148,7 @@ class Facts:
         groups = [
             {
                 "tensors": list(names),
-                "hyperparameters": {key: value for key, value in group.items() if key != "params" and _plain(value)},
+                "hyperparameters": {key: value for key, value in group.items() if key != "params" and plain(value)},
             }
             for names, group in zip(self.groups, base.get("param_groups", []), strict=False)
         ]
@@ -157,21 +157,13 @@ class Facts:
             "aliases": {tied: owner for tied, owner in self.aliases.items() if (owner, "parameter") in layout.tensors},
             "model_config": dict(model_config or {}),
             "optimizer": {"name": "adamw", "groups": groups, "steps": dict(steps)},
-            "scheduler": {
-                key: value for key, value in (self._state.get("lr_scheduler") or {}).items() if _plain(value)
-            },
+            "scheduler": {key: value for key, value in (self._state.get("lr_scheduler") or {}).items() if plain(value)},
         }
 
 
 def _enabled(config: Any, key: str) -> bool:
     section = config.get(key) or config.get("bfloat16" if key == "bf16" else key) if isinstance(config, dict) else None
     return bool(isinstance(section, dict) and section.get("enabled"))
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _flat(

@@ -76,3 +76,10 @@ def by_settings(settings: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             same["tensors"].append(name)
     return groups
+
+
+def plain(value: Any) -> bool:
+    """Whether a value may stand in a manifest."""
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

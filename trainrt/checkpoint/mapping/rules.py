@@ -7,6 +7,7 @@ them. Both go through the same expressions, so what was written is read back the
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import re
 from collections import defaultdict
@@ -100,6 +101,7 @@ def match(template: str, name: str) -> dict[str, int] | None:
     return None if found is None else {key: int(value) for key, value in found.groupdict().items()}
 
 
+@functools.cache
 def _pattern(template: str) -> str:
     """A regular expression of a template; of `{l + first}` the whole is captured, as `l`."""
     parts, seen, end = [], set(), 0

@@ -1,0 +1,374 @@
+"""Checkpoints of Megatron-LM, made by megatron-core on CPU: what stands in for CUDA, the models, and how they are saved.
+
+All state is set from tensors that are known by their Hugging Face names, and cut for a rank here, by code that shares nothing
+with what is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+MODEL: dict[str, Any] = {
+    "layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 48, "vocab": 61, "tied": False,
+    "qkv_bias": False, "qk_norm": False, "experts": 0,
+}  # fmt: skip
+STEPS = 3
+PROMPT = [[3, 14, 15, 9, 26, 5, 35, 60], [2, 7, 18, 28, 1, 8, 28, 45]]
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors that are asked for on CUDA are made on the CPU, and say that they are on CUDA when their type is asked for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        made = func(*args, **kwargs)
+        return made.replace("torch.", "torch.cuda.") if func is Tensor.type and len(args) == 1 else made
+
+
+def without_cuda() -> TorchFunctionMode:
+    """What megatron-core asks of CUDA, answered for the CPU."""
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()  # type: ignore[assignment]
+    Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment,misc]
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: contextlib.nullcontext()
+    return OnCpu()
+
+
+def shapes(model: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The model's tensors as Hugging Face names them: Llama, Qwen2, Qwen3, Mixtral or Qwen3-MoE."""
+    hidden, ffn, size = model["hidden"], model["ffn"], model["head_dim"]
+    wide = {"q": model["heads"] * size, "k": model["kv_heads"] * size, "v": model["kv_heads"] * size}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model["vocab"], hidden)}
+    for layer in range(model["layers"]):
+        here = f"model.layers.{layer}."
+        found |= {f"{here}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        found |= {f"{here}self_attn.{x}_proj.weight": (rows, hidden) for x, rows in wide.items()}
+        if model["qkv_bias"]:
+            found |= {f"{here}self_attn.{x}_proj.bias": (rows,) for x, rows in wide.items()}
+        if model["qk_norm"]:
+            found |= {f"{here}self_attn.{x}_norm.weight": (size,) for x in "qk"}
+        found[f"{here}self_attn.o_proj.weight"] = (hidden, wide["q"])
+        if model["experts"]:
+            found[f"{here}{moe_names(model)[0]}.gate.weight"] = (model["experts"], hidden)
+        for gate, up, down in mlp_names(model):
+            found |= {f"{here}{gate}": (ffn, hidden), f"{here}{up}": (ffn, hidden), f"{here}{down}": (hidden, ffn)}
+    found["model.norm.weight"] = (hidden,)
+    return found if model["tied"] else found | {"lm_head.weight": (model["vocab"], hidden)}
+
+
+def moe_names(model: dict[str, Any]) -> tuple[str, tuple[str, str, str]]:
+    if model["qk_norm"]:
+        return "mlp", ("gate_proj", "up_proj", "down_proj")
+    return "block_sparse_moe", ("w1", "w3", "w2")
+
+
+def mlp_names(model: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(gate, up, down) of a layer, or of each of its experts."""
+    if not model["experts"]:
+        return [("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")]
+    home, (gate, up, down) = moe_names(model)
+    names = [f"{home}.experts.{expert}." for expert in range(model["experts"])]
+    return [(f"{name}{gate}.weight", f"{name}{up}.weight", f"{name}{down}.weight") for name in names]
+
+
+def known(role: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    """What is held under a role and a name, in float32: the same in every process and on every mesh."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{role}/{name}".encode()))
+    value = torch.randn(shape, generator=generator)
+    if role == "exp_avg_sq":
+        return value.square()
+    return 1 + 0.1 * value if "norm" in name and role == "master" else 0.2 * value
+
+
+Held = Callable[[str], Tensor]
+
+
+def stored(name: str, held: Held, model: dict[str, Any], padded: int) -> list[Tensor]:
+    """What Megatron keeps under a name (with the number of the layer and of the expert in the whole model), whole.
+
+    Several tensors: each is cut over the ranks by itself, and their pieces are joined.
+    """
+    if "word_embeddings" in name or "output_layer" in name:
+        rows = held("lm_head.weight" if "output_layer" in name and not model["tied"] else "model.embed_tokens.weight")
+        return [torch.cat([rows, torch.full((padded - len(rows), model["hidden"]), 7.0)])]
+    if name == "decoder.final_layernorm.weight":
+        return [held("model.norm.weight")]
+    _, _, layer, rest = name.split(".", 3)
+    here = f"model.layers.{layer}."
+    if rest.startswith("self_attention.linear_qkv."):
+        groups = model["kv_heads"]
+        q, k, v = (held(f"{here}self_attn.{x}_proj.{rest.rsplit('.')[-1]}") for x in "qkv")
+        return [torch.cat([x.unflatten(0, (groups, -1)) for x in (q, k, v)], 1).flatten(0, 1)]
+    plain = {
+        "input_layernorm.weight": "input_layernorm.weight",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+        "mlp.router.weight": f"{moe_names(model)[0]}.gate.weight",
+    }
+    if rest in plain:
+        return [held(f"{here}{plain[rest]}")]
+    expert = int(rest.split(".")[3]) if "local_experts" in rest else 0
+    gate, up, down = mlp_names(model)[expert]
+    return [held(f"{here}{gate}"), held(f"{here}{up}")] if "linear_fc1" in rest else [held(f"{here}{down}")]
+
+
+class Rank:
+    """One process: its part of the model, of the optimizer, and of what is saved."""
+
+    def __init__(self, rank: int, options: dict[str, Any]) -> None:
+        from megatron.core import parallel_state
+
+        self.rank, self.options, self.mesh = rank, options, parallel_state
+        self.model = {**MODEL, **options.get("model", {})}
+        self.tp, self.pp, self.vp, self.ep = (options.get(axis, 1) for axis in ("tp", "pp", "vp", "ep"))
+        self.etp = options.get("etp", self.tp)
+        self.dtype = getattr(torch, options.get("dtype", "float32"))
+        self.padded = -(-self.model["vocab"] // (8 * self.tp)) * 8 * self.tp
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None, expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+        )  # fmt: skip
+        self.config = self._config()
+        self.chunks = [self._chunk(stage) for stage in range(self.vp)]
+
+    def _config(self) -> Any:
+        from megatron.core.transformer import TransformerConfig
+
+        model = self.model
+        moe = {
+            "num_moe_experts": model["experts"], "moe_router_topk": 2, "moe_ffn_hidden_size": model["ffn"],
+            "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "allgather",
+        } if model["experts"] else {}  # fmt: skip
+        return TransformerConfig(
+            num_layers=model["layers"], hidden_size=model["hidden"], num_attention_heads=model["heads"],
+            num_query_groups=model["kv_heads"], kv_channels=model["head_dim"], ffn_hidden_size=model["ffn"],
+            normalization="RMSNorm", layernorm_epsilon=1e-5, gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu, add_bias_linear=False, add_qkv_bias=model["qkv_bias"],
+            qk_layernorm=model["qk_norm"], attention_dropout=0.0, hidden_dropout=0.0, bias_activation_fusion=False,
+            bias_dropout_fusion=False, apply_rope_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+            use_cpu_initialization=True, tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None, expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+            num_layers_in_first_pipeline_stage=self.options.get("first_stage"), pipeline_dtype=self.dtype,
+            params_dtype=self.dtype, bf16=self.dtype == torch.bfloat16, **moe,
+        )  # fmt: skip
+
+    def _chunk(self, stage: int) -> Any:
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        spec = get_gpt_layer_local_spec(
+            num_experts=self.model["experts"] or None, qk_layernorm=self.model["qk_norm"], normalization="RMSNorm"
+        )
+        place = {"ignore_virtual": False, "vp_stage": stage}
+        chunk = GPTModel(
+            self.config, spec, vocab_size=self.padded, max_sequence_length=64, position_embedding_type="rope",
+            pre_process=self.mesh.is_pipeline_first_stage(**place), post_process=self.mesh.is_pipeline_last_stage(**place),
+            share_embeddings_and_output_weights=self.model["tied"], vp_stage=stage if self.vp > 1 else None,
+        )  # fmt: skip
+        return chunk.to(self.dtype)
+
+    def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The rank's parameters, with the numbers that layers and experts have in the whole model."""
+        for chunk in self.chunks:
+            for name, parameter in chunk.named_parameters():
+                words = name.split(".")
+                if words[1] == "layers":
+                    words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)
+                if "local_experts" in words:
+                    at = words.index("local_experts") + 1
+                    mine = self.model["experts"] // self.ep
+                    words[at] = str(int(words[at]) + mine * self.mesh.get_expert_model_parallel_rank())
+                yield ".".join(words), parameter
+
+    def local(self, role: str, name: str, parameter: torch.nn.Parameter) -> Tensor:
+        """This rank's part of what is known under a role."""
+        sizes = shapes(self.model)
+        parts = stored(name, lambda whole: known(role, whole, sizes[whole]), self.model, self.padded)
+        if getattr(parameter, "tensor_model_parallel", False):
+            rank, count = self.mesh.get_tensor_model_parallel_rank(), self.tp
+            if "local_experts" in name:
+                rank, count = self.mesh.get_expert_tensor_parallel_rank(), self.etp
+            parts = [part.chunk(count, parameter.partition_dim)[rank] for part in parts]
+        return torch.cat(parts)
+
+    def fill(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.named():
+                parameter.copy_(self.local("master", name, parameter))
+
+    def optimizer(self) -> Any:
+        """Megatron's optimizer after some steps (without gradients), and then with state that is known."""
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        spread = self.options["optimizer"] == "distributed"
+        settings = DistributedDataParallelConfig(use_distributed_optimizer=spread)
+        wrapped = [DistributedDataParallel(self.config, settings, chunk) for chunk in self.chunks]
+        config = OptimizerConfig(
+            optimizer="adam", lr=1e-3, min_lr=1e-4, weight_decay=0.1, clip_grad=0.0, bf16=self.dtype == torch.bfloat16,
+            params_dtype=self.dtype, use_distributed_optimizer=spread,
+        )  # fmt: skip
+        made = get_megatron_optimizer(config, wrapped)
+        for _ in range(STEPS):
+            made.step()
+        for one in made.chained_optimizers:
+            with torch.no_grad():
+                self._set(one, spread)
+        return made
+
+    def _set(self, optimizer: Any, spread: bool) -> None:
+        mine = {id(p) for group in getattr(optimizer, "model_float16_groups", []) for p in group}
+        mine |= {id(p) for group in getattr(optimizer, "model_fp32_groups", []) for p in group}
+        for name, parameter in self.named():
+            master = getattr(parameter, "main_param", None)
+            master = parameter if master is None else master
+            if spread and id(parameter) in mine:
+                state = optimizer._get_main_param_and_optimizer_states(parameter)
+                span = optimizer._get_model_param_range_map(parameter)["param"]
+            elif not spread and master in optimizer.optimizer.state:
+                state = {**optimizer.optimizer.state[master], "param": master}
+                span = SimpleNamespace(start=0, end=parameter.numel())
+            else:
+                continue
+            for key, role in (("param", "master"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+                flat = self.local(role, name, parameter).flatten()[span.start : span.end]
+                state[key].copy_(flat.view(state[key].shape))
+            parameter.copy_(self.local("master", name, parameter))
+
+    def arguments(self) -> argparse.Namespace:
+        """What Megatron-LM's arguments are after its own checks, as far as anyone reads them."""
+        from megatron.core.enums import ModelType
+        from megatron.core.transformer.enums import AttnBackend
+
+        model = self.model
+        return argparse.Namespace(
+            num_layers=model["layers"], hidden_size=model["hidden"], num_attention_heads=model["heads"],
+            group_query_attention=model["kv_heads"] != model["heads"], num_query_groups=model["kv_heads"],
+            kv_channels=model["head_dim"], ffn_hidden_size=model["ffn"], vocab_size=model["vocab"],
+            padded_vocab_size=self.padded, make_vocab_size_divisible_by=8, max_position_embeddings=64, seq_length=64,
+            position_embedding_type="rope", rotary_base=10000, rotary_percent=1.0, rotary_interleaved=False,
+            use_rope_scaling=False, swiglu=True, normalization="RMSNorm", norm_epsilon=1e-5,
+            apply_layernorm_1p=False, add_bias_linear=False, add_qkv_bias=model["qkv_bias"], qk_layernorm=model["qk_norm"],
+            untie_embeddings_and_output_weights=not model["tied"], window_size=None,
+            num_experts=model["experts"] or None, moe_router_topk=2, moe_ffn_hidden_size=model["ffn"],
+            moe_router_pre_softmax=False, moe_shared_expert_intermediate_size=None, moe_layer_freq=1,
+            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp, expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp, params_dtype=self.dtype, bf16=self.dtype == torch.bfloat16, fp16=False,
+            use_distributed_optimizer=self.options.get("optimizer") == "distributed", overlap_grad_reduce=False,
+            ckpt_format=self.options["format"], model_type=ModelType.encoder_or_decoder, attention_backend=AttnBackend.auto,
+            data_path=[Path("corpus")], iteration=STEPS,
+        )  # fmt: skip
+
+    def state(self, optimizer: Any) -> dict[str, Any]:
+        """As Megatron-LM's `generate_state_dict` and `get_rng_state` put it together."""
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        sharded = self.options["format"] == "torch_dist"
+        metadata = {
+            "singleton_local_shards": self.options.get("singleton", False), "chained_optim_avoid_prefix": True,
+            "dp_cp_group": self.mesh.get_data_parallel_group(with_context_parallel=True),
+        } | ({"distrib_optim_sharding_type": self.options.get("sharding", "fully_reshardable")}
+             if self.options.get("optimizer") == "distributed" else {})  # fmt: skip
+        state: dict[str, Any] = {"args": self.arguments(), "checkpoint_version": 3.0, "iteration": STEPS}
+        for number, chunk in enumerate(self.chunks):
+            key = "model" if self.vp == 1 else f"model{number}"
+            state[key] = (
+                chunk.sharded_state_dict(metadata=metadata) if sharded else chunk.state_dict_for_save_checkpoint()
+            )
+        if optimizer is not None:
+            made = optimizer.sharded_state_dict(state, metadata=metadata) if sharded else optimizer.state_dict()
+            state["optimizer"] = made
+            state["opt_param_scheduler"] = OptimizerParamScheduler(
+                optimizer, init_lr=0.0, max_lr=1e-3, min_lr=1e-4, lr_warmup_steps=2, lr_decay_steps=10, lr_decay_style="cosine",
+                start_wd=0.1, end_wd=0.1, wd_incr_steps=10, wd_incr_style="constant",
+            ).state_dict()  # fmt: skip
+        rng: Any = [{
+            "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
+            "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.cuda.get_rng_state(),
+            "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+        }]  # fmt: skip
+        place = (self.mesh.get_pipeline_model_parallel_rank(), self.mesh.get_tensor_model_parallel_rank())
+        state["rng_state"] = (
+            ShardedObject("rng_state", rng, (self.pp, self.tp), place, replica_id=self.mesh.get_data_parallel_rank())
+            if sharded
+            else rng
+        )
+        return state | {"num_floating_point_operations_so_far": 0}
+
+    def save(self, root: Path, optimizer: Any) -> None:
+        """As Megatron-LM's `save_checkpoint` does."""
+        folder = root / f"iter_{STEPS:07d}"
+        if self.options["format"] == "torch_dist":
+            from megatron.core import dist_checkpointing
+
+            folder.mkdir(parents=True, exist_ok=True)
+            dist_checkpointing.save(
+                self.state(optimizer), str(folder), content_metadata={"singleton_local_shards": False}
+            )
+        else:
+            home = folder / self._home()
+            home.mkdir(parents=True, exist_ok=True)
+            if self.options.get("optimizer") == "distributed":
+                optimizer.save_parameter_state(str(home / "distrib_optim.pt"))
+            if 0 in (self.mesh.get_data_parallel_rank(), self.mesh.get_expert_data_parallel_rank()):
+                torch.save(self.state(optimizer), home / "model_optim_rng.pt")
+        dist.barrier()
+        (root / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
+
+    def _home(self) -> str:
+        places = [f"mp_rank_{self.mesh.get_tensor_model_parallel_rank():02d}"]
+        places += [f"{self.mesh.get_pipeline_model_parallel_rank():03d}"] if self.pp > 1 else []
+        places += [f"{self.mesh.get_expert_model_parallel_rank():03d}"] if self.ep > 1 else []
+        return "_".join(places)
+
+    def logits(self) -> Tensor:
+        """The whole model's, without the vocabulary's padding."""
+        tokens = torch.tensor(PROMPT)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        with torch.no_grad():
+            return self.chunks[0](tokens, positions, None)[..., : self.model["vocab"]]
+
+
+def megatron_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
+    """A model with known weights and optimizer state, saved; on one rank its logits too."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=options["world"])
+    with without_cuda():
+        mine = Rank(rank, options)
+        mine.fill()
+        expected: dict[str, Tensor] = {}
+        if options.get("logits"):
+            expected["logits"] = mine.logits()
+        optimizer = mine.optimizer() if options.get("optimizer") else None
+        mine.save(folder / "checkpoint", optimizer)
+    if rank == 0:
+        roles = ["master"] + (["exp_avg", "exp_avg_sq"] if optimizer is not None else [])
+        for (name, shape), role in itertools.product(shapes(mine.model).items(), roles):
+            expected[f"{role}/{name}"] = known(role, name, shape)
+        np.savez(folder / "expected.npz", **{key: value.numpy() for key, value in expected.items()})
+    dist.barrier()
+    dist.destroy_process_group()
