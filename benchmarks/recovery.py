@@ -4,7 +4,8 @@
 
 Each round launches one job of three nodes and a spare (two data shards, one of parity), kills one thing after another with
 SIGKILL, and at the end everything at once, after which the same command starts again from the checkpoint on disk. Prints
-medians and spread of: the kill to the next step, and of it the part until the fault was known.
+medians and spread of: the kill to the next step, and of it the parts: until the fault was known, restart, restore, first step.
+Peers that are installed (benchmarks.recovery_peers) take their turn in every round.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.recovery_peers import installed
+from trainrt.config import load, to_toml
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -76,8 +82,16 @@ class Job:
                     os.kill(entry["pid"], signal.SIGKILL)
 
 
-def measure(job: Job, kill: Any, *, relaunch: bool = False) -> tuple[float, float]:
-    """(seconds from the kill to the next step, of them until the fault was known)."""
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """From the kill to the next step, until the fault was known, and the parts of the rest that the incident names."""
+
+    total: float
+    known: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+def measure(job: Job, kill: Callable[[], None], *, relaunch: bool = False) -> Seconds:
     incarnation, seen = job.read("status.json")["incarnation"], len(job.lines("incidents.jsonl"))
     at = time.time()
     kill()
@@ -87,11 +101,20 @@ def measure(job: Job, kill: Any, *, relaunch: bool = False) -> tuple[float, floa
     seconds = job.next_step(incarnation) - at
     job.until(lambda: len(job.lines("incidents.jsonl")) > seen or relaunch)
     incident = job.lines("incidents.jsonl")[seen] if len(job.lines("incidents.jsonl")) > seen else {}
-    known = seconds - (incident.get("recovered_seconds") or 0.0)
-    return seconds, known
+    return Seconds(seconds, seconds - (incident.get("recovered_seconds") or 0.0), incident.get("phases") or {})
 
 
-def round_of_kills(job: Job, found: dict[str, list[tuple[float, float]]]) -> None:
+def forget(folder: Path) -> None:
+    """Drop files from the page cache, so that they are read from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def round_of_kills(job: Job, found: dict[str, list[Seconds]]) -> None:
     def of(node: str, *roles: str) -> list[dict[str, Any]]:
         return [entry for entry in job.processes(*roles) if entry["node"] == node]
 
@@ -107,16 +130,51 @@ def round_of_kills(job: Job, found: dict[str, list[tuple[float, float]]]) -> Non
     job.protected()
     found["node, without a spare (parity)"].append(measure(job, lambda: job.kill(of("n1", *everything))))
     job.until(lambda: any((job.run_dir / "checkpoints").glob("step-*/COMMIT")))
-    found["everything (disk)"].append(
-        measure(job, lambda: job.kill(job.processes(*everything, "driver")), relaunch=True)
-    )
+
+    def kill_all() -> None:
+        job.kill(job.processes(*everything, "driver"))
+        forget(job.run_dir / "checkpoints")
+
+    found["everything (disk)"].append(measure(job, kill_all, relaunch=True))
+
+
+def round_of_peers(found: dict[str, list[Seconds]]) -> None:
+    """The same model under those peers that are installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"{key}={json.dumps(value)}" for key, value in OPTIONS.items()]
+        path = Path(folder) / "job.toml"
+        path.write_text(to_toml(load(ROOT / "examples" / "quickstart.toml", overrides)))
+        for number, peer in enumerate(installed().values()):
+            place = Path(folder) / str(number)
+            place.mkdir()
+            for name, seconds in peer(path, place).items():
+                found[name].append(Seconds(seconds))
+
+
+def report(found: dict[str, list[Seconds]]) -> None:
+    for name, values in found.items():
+        totals = [value.total for value in values]
+        parts = {key: statistics.median(v.parts[key] for v in values) for key in values[0].parts}
+        print(
+            f"  {name:32s} median {statistics.median(totals):6.2f}  min {min(totals):6.2f}  max {max(totals):6.2f}"
+            f"   until known {statistics.median(value.known for value in values):5.2f}  "
+            + "  ".join(f"{key.removesuffix('_seconds')} {seconds:.2f}" for key, seconds in parts.items())
+        )
+    disk = "everything (disk)"
+    for name in ("worker (memory)", "worker and its store (parity)"):
+        pairs = zip(found[name], found[disk], strict=True)
+        ratios = [a.parts["restore_seconds"] / b.parts["restore_seconds"] for a, b in pairs if a.parts and b.parts]
+        if ratios:
+            print(
+                f"  restore, {name} over disk: {statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    found: dict[str, list[Seconds]] = defaultdict(list)
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as folder:
             job = Job(Path(folder) / "run")
@@ -126,13 +184,9 @@ def main() -> None:
             finally:
                 job.process.send_signal(signal.SIGTERM)
                 job.process.wait(60)
+        round_of_peers(found)
     print(f"seconds from the kill to the next step, {options.runs} rounds")
-    for name, values in found.items():
-        totals, known = [total for total, _ in values], [early for _, early in values]
-        print(
-            f"  {name:32s} median {statistics.median(totals):6.2f}  min {min(totals):6.2f}  max {max(totals):6.2f}"
-            f"   of it until known {statistics.median(known):6.2f}"
-        )
+    report(found)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     pip install "ray[train]==2.60.0" torchft-nightly==2026.10.26
 
-(With torchft 0.2.0 the survivors of a kill die too: its hook in DDP asserts on the future of a failed all-reduce.) Both train the model and the batches of our job data-parallel over three processes on gloo, in a loop as their own examples
-write it, with their own default time-outs. One process is killed with SIGKILL. A step counts when it began after the kill and
-was completed: nothing that was under way does.
+(With torchft 0.2.0 the survivors of a kill die too: its hook in DDP asserts on the future of a failed all-reduce.) Both train
+the model and the batches of our job data-parallel over three processes on gloo, in a loop as their own examples write it, with
+their own default time-outs. One process is killed with SIGKILL. A step counts when it began after the kill and was completed:
+nothing that was under way does.
 """
 
 from __future__ import annotations
