@@ -7,6 +7,7 @@ their bytes are read where they lie in the zip file, after its checksum (CRC-32)
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import zipfile
@@ -46,11 +47,23 @@ def load(path: Path, *, stand_ins: Sequence[str] = (), part: tuple[int, int] | N
     globals_: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in stand_ins]
     try:
         window = Window(path, *(part or (0, path.stat().st_size)))
-        with window as file, torch.serialization.safe_globals(globals_), FakeTensorMode():
+        with window as file, _only(globals_), FakeTensorMode():
             return torch.load(cast("IO[bytes]", file), weights_only=True, map_location="cpu")
     except Exception as error:
         said = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(f"{path}: refused: {said or type(error).__name__}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _only(allowed: list[Any]) -> Iterator[None]:
+    """Nothing else is built than torch itself allows, and these: whatever a framework in this process has allowed besides."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(others)
 
 
 def load_plain(path: Path, *, part: tuple[int, int]) -> Any:
