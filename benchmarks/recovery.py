@@ -92,6 +92,7 @@ class Seconds:
 
 
 def measure(job: Job, kill: Callable[[], None], *, relaunch: bool = False) -> Seconds:
+    """`relaunch`: the same command is given again, at once."""
     incarnation, seen = job.read("status.json")["incarnation"], len(job.lines("incidents.jsonl"))
     at = time.time()
     kill()
@@ -99,8 +100,8 @@ def measure(job: Job, kill: Callable[[], None], *, relaunch: bool = False) -> Se
         job.process.wait()
         job.launch()
     seconds = job.next_step(incarnation) - at
-    job.until(lambda: len(job.lines("incidents.jsonl")) > seen or relaunch)
-    incident = job.lines("incidents.jsonl")[seen] if len(job.lines("incidents.jsonl")) > seen else {}
+    job.until(lambda: len(job.lines("incidents.jsonl")) > seen)
+    incident = job.lines("incidents.jsonl")[seen]
     return Seconds(seconds, seconds - (incident.get("recovered_seconds") or 0.0), incident.get("phases") or {})
 
 
