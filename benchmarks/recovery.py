@@ -1,6 +1,6 @@
 """Seconds from a kill to the next step: worker, worker with its store, node with and without a spare, driver; and by restart.
 
-    python -m benchmarks.recovery [--runs 5]
+    python -m benchmarks.recovery [--runs 5] [--set key=value ...]
 
 Each round launches one job of three nodes and a spare (two data shards, one of parity), kills one thing after another with
 SIGKILL, and at the end everything at once, after which the same command starts again from the checkpoint on disk. Prints
@@ -174,7 +174,12 @@ def report(found: dict[str, list[Seconds]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--set", action="append", default=[], help="a key of the job, such as model.config.hidden_size=512"
+    )
     options = parser.parse_args()
+    for key, _, value in (text.partition("=") for text in options.set):
+        OPTIONS[key] = json.loads(value)
     found: dict[str, list[Seconds]] = defaultdict(list)
     for _ in range(options.runs):
         with tempfile.TemporaryDirectory() as folder:
