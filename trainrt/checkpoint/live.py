@@ -33,9 +33,12 @@ class LiveModel:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LiveModel | None:
         """By a model's config.json; None where transformers does not know it."""
+        if not config.get("architectures"):
+            return None
+        # Takes a second: only where there is a model to look for.
         import transformers
 
-        factory = getattr(transformers, next(iter(config.get("architectures") or ()), ""), None)
+        factory = getattr(transformers, config["architectures"][0], None)
         if factory is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
             return None
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.live import LiveModel, packed
-from trainrt.checkpoint.targets import dcp, deepspeed, universal
+from trainrt.checkpoint.targets import deepspeed, universal
 from trainrt.checkpoint.targets.shape import Shape
 from trainrt.checkpoint.targets.target import Target
 from trainrt.checkpoint.writer import MODEL_ROLES
@@ -31,6 +31,9 @@ def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, 
             return deepspeed.make(*_live(opened), shape)
         case "deepspeed-universal":
             return deepspeed.make_universal(*_live(opened), shape)
+    # Half a second of torch's, which the other formats do not need.
+    from trainrt.checkpoint.targets import dcp
+
     return dcp.make(*_live(opened))
 
 
