@@ -28,9 +28,8 @@ from trainrt.checkpoint.journal import Journal, Noted
 from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.reader import read_range
 from trainrt.checkpoint.replicas import Replicas
-from trainrt.checkpoint.source import fill
+from trainrt.checkpoint.source import gathered
 from trainrt.checkpoint.targets import TARGETS, Shape, make_target
-from trainrt.checkpoint.targets.array import UNIT
 from trainrt.checkpoint.targets.target import Target, Unit
 from trainrt.checkpoint.writer import sync, write_range
 from trainrt.errors import CheckpointError, ConfigError, nearest
@@ -179,16 +178,13 @@ def _write_units(units: list[Unit], work: Conversion, replicas: Replicas, journa
         journal.note(
             unit.file, unit.offset, source=xxhash.xxh3_64_hexdigest(data), output=work.target.checksum(data)
         )  # fmt: skip
+        release(work.opened.source)
 
 
 def _gathered(unit: Unit, work: Conversion, replicas: Replicas) -> np.ndarray:
     """The bytes of a unit, with its replicas compared."""
     wanted = work.target.layout(unit)
-    storage = np.zeros(unit.length, np.uint8)
-    fill(wanted, {(-1, UNIT): storage}, work.opened.source)
-    replicas.checked(wanted, storage)
-    release(work.opened.source)
-    return storage
+    return replicas.checked(wanted, gathered(wanted, unit.length, work.opened.source))
 
 
 def _is_written(unit: Unit, target: Target, folder: Path, done: Noted) -> bool:
@@ -208,6 +204,7 @@ def compare(work: Conversion, replicas: Replicas) -> None:
         try:
             held = read_range(work.path / work.target.place(unit), unit.offset, unit.length)
             same = np.array_equal(held, _gathered(unit, work, replicas))
+            release(work.opened.source)
         except OSError:
             same = False
         if not same:

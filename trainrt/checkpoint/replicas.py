@@ -26,15 +26,18 @@ class Replicas:
             if sum(fragment.box.elements for fragment in fragments) > tensor.bytes // tensor.item_bytes
         }
 
-    def checked(self, wanted: Layout, storage: np.ndarray) -> None:
-        """Compare what was gathered into the storage of `wanted` with all who hold it.
+    def checked(self, wanted: Layout, storage: np.ndarray) -> np.ndarray:
+        """Compare what was gathered into the storage of `wanted` with all who hold it. Returns it, or with means in it.
 
         Raises CheckpointError where they differ.
         """
+        if self._average and any(key in self._several for key in wanted.tensors):
+            storage = storage.copy()
         for tensor, fragments in wanted:
             if tensor.key in self._several:
                 for fragment in fragments:
                     self._check(tensor, fragment, fragment.view(storage, tensor.item_bytes))
+        return storage
 
     def _check(self, tensor: LogicalTensor, wanted: Fragment, gathered: np.ndarray) -> None:
         copies: list[tuple[Fragment, tuple[slice, ...], np.ndarray]] = []

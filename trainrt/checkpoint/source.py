@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides, copies
+from trainrt.parallel.layout import Box, Copy, Fragment, Key, Layout, LogicalTensor, contiguous_strides, copies
 
 
 class Source(Protocol):
@@ -49,12 +49,31 @@ def fill(
 
     Raises LayoutError where the source does not hold what the target wants.
     """
+    return _carry_out(copies(source.layout, target, cost=cost), storages, source)
+
+
+def _carry_out(orders: list[Copy], storages: Mapping[tuple[int, str], np.ndarray], source: Source) -> int:
     copied = 0
-    for copy in copies(source.layout, target, cost=cost):
+    for copy in orders:
         view = copy.target.view(storages[copy.target.rank, copy.target.storage], copy.tensor.item_bytes)
         view[...] = source.read(copy.tensor, copy.source)
         copied += copy.bytes
     return copied
+
+
+def gathered(wanted: Layout, length: int, source: Source) -> np.ndarray:
+    """The bytes of the one storage that a layout speaks of, zeros where nothing lies: flat uint8, not to be written to.
+
+    Where the source holds all of it in one piece, just so, it is a view of that.
+    """
+    orders = copies(source.layout, wanted)
+    if len(orders) == 1 and orders[0].bytes == length:
+        held = source.read(orders[0].tensor, orders[0].source)
+        if held.flags.c_contiguous:
+            return held.reshape(-1).view(np.uint8)
+    storage = np.zeros(length, np.uint8)
+    _carry_out(orders, {(copy.target.rank, copy.target.storage): storage for copy in orders}, source)
+    return storage
 
 
 def whole_fragment(tensor: LogicalTensor) -> Fragment:

@@ -23,7 +23,7 @@ import xxhash
 
 import trainrt
 from trainrt.checkpoint.manifest import SCHEMA, Chunk, alias_entry, file_digest, safetensors_header, tensor_entry
-from trainrt.checkpoint.source import Source, fill
+from trainrt.checkpoint.source import Source, gathered
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Fragment, Key, Layout, LogicalTensor, contiguous_strides, flat_range
 
@@ -237,11 +237,7 @@ def write_range(fd: int, offset: int, data: np.ndarray) -> None:
 
 def gather(tensor: LogicalTensor, start: int, stop: int, source: Source, writer: str) -> np.ndarray:
     """The elements [start, stop) of a tensor's C order, from wherever the source holds them: flat uint8."""
-    storage = np.empty((stop - start) * tensor.item_bytes, np.uint8)
-    target = chunk_layout(tensor, start, stop, writer)
-    if target.tensors:
-        fill(target, {(-1, writer): storage}, source)
-    return storage
+    return gathered(chunk_layout(tensor, start, stop, writer), (stop - start) * tensor.item_bytes, source)
 
 
 def chunk_layout(tensor: LogicalTensor, start: int, stop: int, storage: str) -> Layout:
