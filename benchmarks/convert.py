@@ -91,6 +91,8 @@ def measured(words: list[str], *, cold: Path, target: Path) -> dict[str, float]:
     """Run a command on files that are not in the page cache. Seconds, bytes from and to the disk, largest process, files made."""
     forget(cold)
     shutil.rmtree(target, ignore_errors=True)
+    # What the command before left to be written would be written beside this one.
+    os.sync()
     with tempfile.NamedTemporaryFile() as file:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-c", MEASURE, file.name, *words], check=True, env=environment, cwd=ROOT)
