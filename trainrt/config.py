@@ -379,8 +379,6 @@ def _not_built(config: JobConfig) -> Iterator[str]:
     for key in ("zero_experts", "copy_experts", "constant_experts"):
         if getattr(moe, key):
             yield f"moe.{key} = {getattr(moe, key)} is not built yet; allowed: 0"
-    if config.checkpoint.compress == "zstd":
-        yield 'checkpoint.compress = "zstd" is not built yet; allowed: "none"'
     if config.diagnostics.evict == "automatic":
         yield 'diagnostics.evict = "automatic" is not built yet; allowed: "advise"'
     if config.diagnostics.tracker == "tensorboard":

@@ -54,16 +54,19 @@ def small_state() -> MemorySource:
     return MemorySource(layout, storages)
 
 
-def save(folder: Path, source: MemorySource, metadata: dict[str, Any] = METADATA) -> Path:
-    plan = WritePlan.build(source.layout, metadata, writers=["x", "y"], writer_of_rank={0: "x", 1: "y"})
+def save(folder: Path, source: MemorySource, metadata: dict[str, Any] = METADATA, *, compress: bool = False) -> Path:
+    plan = WritePlan.build(
+        source.layout, metadata, writers=["x", "y"], writer_of_rank={0: "x", 1: "y"}, compress=compress
+    )
     plan = WritePlan.from_json(json.loads(json.dumps(plan.to_json())))
     prepare(plan, folder)
     return finish(plan, folder, [r for name in ("x", "y") for r in write_part(plan, folder, name, source)])
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_is_written_is_read(compress: bool, tmp_path: Path) -> None:
     source = small_state()
-    path = save(tmp_path, source)
+    path = save(tmp_path, source, compress=compress)
     assert path.name == "step-00000007"
     assert digest(Universal.open(path)) == digest(source)
     assert verify(path)["ok"]
@@ -89,8 +92,9 @@ def read_everything(path: Path) -> None:
     digest(Universal.open(path))
 
 
-def test_a_flipped_bit_anywhere_is_found_before_a_tensor_is_used(tmp_path: Path) -> None:
-    path = save(tmp_path, small_state())
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_flipped_bit_anywhere_is_found_before_a_tensor_is_used(compress: bool, tmp_path: Path) -> None:
+    path = save(tmp_path, small_state(), compress=compress)
     rng = random.Random(1)
     for file in files_of(path):
         original = file.read_bytes()

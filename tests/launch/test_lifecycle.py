@@ -100,7 +100,8 @@ def test_a_signal_ends_with_a_checkpoint_and_the_same_command_goes_on(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     run_dir = RunDir(tmp_path / "run")
-    path = write_job(tmp_path, small(tmp_path, steps=100 if number == signal.SIGTERM else 5000))
+    packed = {"checkpoint": {"compress": "zstd"}} if number == signal.SIGTERM else {}
+    path = write_job(tmp_path, small(tmp_path, steps=100 if number == signal.SIGTERM else 5000, **packed))
     with launched(path, run_dir.path) as process:
         wait_step(run_dir, 5)
         seen = pids(run_dir)
@@ -109,7 +110,9 @@ def test_a_signal_ends_with_a_checkpoint_and_the_same_command_goes_on(
     assert process.returncode == code, output
     status = run_dir.read_status()
     assert status is not None and status["state"] == "interrupted"
-    assert verify(run_dir.checkpoint(status["step"]))["ok"]
+    checkpoint = run_dir.checkpoint(status["step"])
+    assert verify(checkpoint)["ok"]
+    assert {path.suffix for path in (checkpoint / "optimizer").iterdir()} == {".zst" if packed else ".safetensors"}
     wait_for(lambda: not any(alive(pid) for pid in seen), "end of every process of the run", timeout=20)
     if number == signal.SIGTERM:
         chosen = {"snapshot": {"every": "auto", "parity_shards": "auto"}, "cluster": {"node_mtbf_hours": 0.01}}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from trainrt.checkpoint import planes
 from trainrt.checkpoint.manifest import PADDING, SAFETENSORS_DTYPE, SCHEMA, Chunk, check_name, file_digest, strict_json
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides, flat_range
@@ -100,13 +101,24 @@ class Universal:
         chunks = []
         for piece in pieces:
             at = piece.chunk.offset - first.offset
-            chunks.append(data[at : at + piece.chunk.stored])
-            if xxhash.xxh3_64_hexdigest(chunks[-1]) != piece.chunk.xxh3:
+            stored = data[at : at + piece.chunk.stored]
+            if xxhash.xxh3_64_hexdigest(stored) != piece.chunk.xxh3:
                 raise CheckpointError(
                     f"{self.path}: {piece.file}: {piece.tensor.name} ({piece.tensor.role}) is damaged: "
                     f"the chunk at {piece.chunk.offset} does not match its checksum"
                 )
+            chunks.append(self._decoded(piece, stored))
         return chunks
+
+    def _decoded(self, piece: Piece, stored: np.ndarray) -> np.ndarray:
+        if piece.chunk.codec == "none":
+            return stored
+        try:
+            if piece.chunk.codec != planes.CODEC:
+                raise CheckpointError(f"codec {piece.chunk.codec!r}; allowed: 'none', {planes.CODEC!r}")
+            return planes.decode(stored, piece.chunk.length, piece.tensor.item_bytes)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {piece.file}: {piece.tensor.name}: {error}") from error
 
 
 def pieces_of(entry: dict[str, Any]) -> Iterator[Piece]:
@@ -174,10 +186,10 @@ def _header_problems(
     if file_digest(header, chunks) != facts["xxh3"]:
         yield _problem(file, None, "checksum", "its header does not match its checksum")
         return
-    if int.from_bytes(header[:8], "little") + 8 != len(header) or len(header) % PADDING:
+    # Compressed chunks stand by themselves, without a header.
+    if header and (int.from_bytes(header[:8], "little") + 8 != len(header) or len(header) % PADDING):
         yield _problem(file, None, "header", "its header length is not what the manifest says")
         return
-    entries = strict_json(header[8:], file)
     at = facts["header_bytes"]
     for chunk in sorted(chunks, key=lambda chunk: chunk.offset):
         if chunk.offset != at:
@@ -186,8 +198,9 @@ def _header_problems(
         at += chunk.stored
     if at != facts["bytes"]:
         yield _problem(file, None, "coverage", f"bytes {at} to {facts['bytes']} are covered by no chunk")
+    entries = strict_json(header[8:], file) if header else None
     for entry in manifest["tensors"]:
-        if entry["file"] == file:
+        if entry["file"] == file and entries is not None:
             named = entries.get(entry["name"], {})
             if named.get("dtype") != SAFETENSORS_DTYPE[entry["dtype"]] or named.get("shape") != entry["shape"]:
                 yield _problem(file, entry["name"], "header", "the file's header and the manifest disagree")

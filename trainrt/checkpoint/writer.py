@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 import trainrt
+from trainrt.checkpoint import planes
 from trainrt.checkpoint.manifest import SCHEMA, Chunk, alias_entry, file_digest, safetensors_header, tensor_entry
 from trainrt.checkpoint.source import Source, gathered
 from trainrt.errors import CheckpointError
@@ -29,6 +30,7 @@ from trainrt.parallel.layout import Fragment, Key, Layout, LogicalTensor, contig
 
 CHUNK_BYTES = 16 << 20
 FILE_BYTES = 4 << 30
+PACKED = ".zst"
 MODEL_ROLES = ("parameter", "buffer")
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
@@ -60,14 +62,25 @@ class WritePlan:
     @classmethod
     def build(
         cls, layout: Layout, metadata: dict[str, Any], *, writers: Sequence[str], writer_of_rank: Mapping[int, str],
-        max_file_bytes: int = FILE_BYTES,
+        max_file_bytes: int = FILE_BYTES, compress: bool = False,
     ) -> WritePlan:  # fmt: skip
-        """Plan files, headers and chunks. A chunk goes to the writer that holds most of it, then to the least loaded."""
+        """Plan files, headers and chunks. A chunk goes to the writer that holds most of it, then to the least loaded.
+
+        `compress`: all but the model, whose files are Hugging Face's. Nobody knows then how long a chunk will be, so each writer
+        has files of its own, in which its chunks follow one another; sizes and offsets are the most that they may come to.
+        """
         headers: dict[str, bytes] = {}
         sizes: dict[str, int] = {}
         chunks: list[ChunkPlan] = []
         load: dict[str, int] = dict.fromkeys(writers, 0)
         for series, tensors in _series(layout, metadata.get("aliases", {})).items():
+            if compress and not series.startswith("model/"):
+                for chunk in _packed(series, tensors, layout, writer_of_rank, load):
+                    headers[chunk.file] = b""
+                    tensor = layout.tensors[chunk.name, chunk.role]
+                    sizes[chunk.file] = chunk.offset + planes.most_bytes(chunk.length, tensor.item_bytes)
+                    chunks.append(chunk)
+                continue
             groups = _files(tensors, max_file_bytes)
             for number, group in enumerate(groups, 1):
                 file = f"{series}-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -124,6 +137,25 @@ def _files(tensors: list[LogicalTensor], most: int) -> list[list[LogicalTensor]]
     return groups
 
 
+def _packed(
+    series: str, tensors: list[LogicalTensor], layout: Layout, writer_of_rank: Mapping[int, str], load: dict[str, int]
+) -> list[ChunkPlan]:
+    """The chunks of a compressed series, in a file a writer; all of a tensor's in the same."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    homes = {t.name: _keenest(t, 0, t.bytes // t.item_bytes, layout, writer_of_rank, load) for t in ordered}
+    writers = sorted(set(homes.values()))
+    ends = dict.fromkeys(writers, 0)
+    placed = []
+    for tensor in ordered:
+        writer = homes[tensor.name]
+        file = f"{series}-{writers.index(writer) + 1:05d}-of-{len(writers):05d}{PACKED}"
+        for start, stop in _ranges(tensor):
+            length = (stop - start) * tensor.item_bytes
+            placed.append(ChunkPlan(tensor.name, tensor.role, file, ends[writer], length, start, stop, writer))
+            ends[writer] += planes.most_bytes(length, tensor.item_bytes)
+    return placed
+
+
 def _chunks(
     tensor: LogicalTensor,
     file: str,
@@ -132,26 +164,40 @@ def _chunks(
     writer_of_rank: Mapping[int, str],
     load: dict[str, int],
 ) -> list[ChunkPlan]:
-    elements = tensor.bytes // tensor.item_bytes
-    step = max(1, CHUNK_BYTES // tensor.item_bytes)
     made = []
-    for start in range(0, elements, step):
-        stop = min(elements, start + step)
-        held: dict[str, int] = defaultdict(int)
-        for box, _ in flat_range(tensor.shape, start, stop):
-            for fragment in layout.fragments[tensor.key]:
-                common = box.intersect(fragment.box)
-                writer = writer_of_rank.get(fragment.rank)
-                if common is not None and writer in load:
-                    held[writer] += common.elements
-        most = max(held.values(), default=0)
-        candidates = [writer for writer in load if held[writer] == most]
-        writer = min(candidates, key=lambda name: load[name])
-        length = (stop - start) * tensor.item_bytes
-        load[writer] += length
-        offset = begin + start * tensor.item_bytes
+    for start, stop in _ranges(tensor):
+        writer = _keenest(tensor, start, stop, layout, writer_of_rank, load)
+        offset, length = begin + start * tensor.item_bytes, (stop - start) * tensor.item_bytes
         made.append(ChunkPlan(tensor.name, tensor.role, file, offset, length, start, stop, writer))
     return made
+
+
+def _ranges(tensor: LogicalTensor) -> Iterator[tuple[int, int]]:
+    """The elements of each chunk."""
+    elements, step = tensor.bytes // tensor.item_bytes, max(1, CHUNK_BYTES // tensor.item_bytes)
+    return ((start, min(elements, start + step)) for start in range(0, elements, step))
+
+
+def _keenest(
+    tensor: LogicalTensor,
+    start: int,
+    stop: int,
+    layout: Layout,
+    writer_of_rank: Mapping[int, str],
+    load: dict[str, int],
+) -> str:
+    """Who holds most of the elements [start, stop), then who has least to write; it is added to that."""
+    held: dict[str, int] = defaultdict(int)
+    for box, _ in flat_range(tensor.shape, start, stop):
+        for fragment in layout.fragments[tensor.key]:
+            common = box.intersect(fragment.box)
+            writer = writer_of_rank.get(fragment.rank)
+            if common is not None and writer in load:
+                held[writer] += common.elements
+    most = max(held.values(), default=0)
+    writer = min((name for name in load if held[name] == most), key=lambda name: load[name])
+    load[writer] += (stop - start) * tensor.item_bytes
+    return writer
 
 
 def final_name(step: int) -> str:
@@ -204,19 +250,29 @@ def _firsts(plan: WritePlan) -> list[ChunkPlan]:
 
 
 def write_part(plan: WritePlan, directory: Path, writer: str, source: Source) -> list[dict[str, Any]]:
-    """Write this writer's chunks: gather, hash, write, sync. Returns [file, offset, xxh3] of each."""
+    """Write this writer's chunks: gather, compress, hash, write, sync. Returns what `finish` wants to know of each."""
     folder = partial(directory, plan.step)
     results: list[dict[str, Any]] = []
     files: dict[str, int] = {}
+    ends: dict[str, int] = {}
     try:
         for chunk in plan.chunks:
             if chunk.writer != writer:
                 continue
             if chunk.file not in files:
                 files[chunk.file] = os.open(folder / chunk.file, os.O_WRONLY | os.O_CLOEXEC)
-            data = gather(plan.tensors[chunk.name, chunk.role], chunk.start, chunk.stop, source, writer)
-            write_range(files[chunk.file], chunk.offset, data)
-            results.append({"file": chunk.file, "offset": chunk.offset, "xxh3": xxhash.xxh3_64_hexdigest(data)})
+            tensor = plan.tensors[chunk.name, chunk.role]
+            data, at = gather(tensor, chunk.start, chunk.stop, source, writer), chunk.offset
+            if chunk.file.endswith(PACKED):
+                data, at = planes.encode(data, tensor.item_bytes), ends.get(chunk.file, 0)
+                ends[chunk.file] = at + data.nbytes
+            write_range(files[chunk.file], at, data)
+            digest = xxhash.xxh3_64_hexdigest(data)
+            results.append(
+                {"file": chunk.file, "offset": chunk.offset, "xxh3": digest, "at": at, "stored": data.nbytes}
+            )
+        for file, end in ends.items():
+            os.ftruncate(files[file], end)
         for fd in files.values():
             os.fsync(fd)
     except OSError as error:
@@ -251,18 +307,18 @@ def chunk_layout(tensor: LogicalTensor, start: int, stop: int, storage: str) -> 
 def finish(plan: WritePlan, directory: Path, results: Sequence[Mapping[str, Any]]) -> Path:
     """Manifest, COMMIT, then the final name; each made durable before the next. Raises if a chunk is missing."""
     folder = partial(directory, plan.step)
-    digests = {(result["file"], result["offset"]): result["xxh3"] for result in results}
+    done = {(result["file"], result["offset"]): result for result in results}
     entries: dict[Key, list[Chunk]] = defaultdict(list)
     by_file: dict[str, list[Chunk]] = defaultdict(list)
     where: dict[Key, str] = {}
     for chunk in plan.chunks:
-        if (chunk.file, chunk.offset) not in digests:
+        if (chunk.file, chunk.offset) not in done:
             raise CheckpointError(
                 f"{folder}: nobody wrote {chunk.name} ({chunk.role}) at {chunk.offset} of {chunk.file}"
             )
-        done = Chunk(chunk.offset, chunk.length, chunk.length, "none", digests[chunk.file, chunk.offset])
-        entries[chunk.name, chunk.role].append(done)
-        by_file[chunk.file].append(done)
+        written = _written(chunk, done[chunk.file, chunk.offset])
+        entries[chunk.name, chunk.role].append(written)
+        by_file[chunk.file].append(written)
         where[chunk.name, chunk.role] = chunk.file
     manifest = _manifest(plan, entries, by_file, where)
     text = json.dumps(manifest, indent=1).encode() + b"\n"
@@ -280,12 +336,18 @@ def finish(plan: WritePlan, directory: Path, results: Sequence[Mapping[str, Any]
     return final
 
 
+def _written(chunk: ChunkPlan, result: Mapping[str, Any]) -> Chunk:
+    if not chunk.file.endswith(PACKED):
+        return Chunk(chunk.offset, chunk.length, chunk.length, "none", result["xxh3"])
+    return Chunk(result["at"], chunk.length, result["stored"], planes.CODEC, result["xxh3"])
+
+
 def _manifest(
     plan: WritePlan, entries: Mapping[Key, list[Chunk]], by_file: Mapping[str, list[Chunk]], where: Mapping[Key, str]
 ) -> dict[str, Any]:
     files = {
         file: {
-            "bytes": size,
+            "bytes": sum(chunk.stored for chunk in by_file[file]) if file.endswith(PACKED) else size,
             "xxh3": file_digest(plan.headers[file], by_file[file]),
             "header_bytes": len(plan.headers[file]),
         }
@@ -316,7 +378,11 @@ def _home(plan: WritePlan, tensor: LogicalTensor) -> str:
     """The file whose header names a tensor."""
     prefix = "model/" if tensor.role in MODEL_ROLES else f"optimizer/{tensor.role}-"
     mark = json.dumps(tensor.name).encode() + b":"
-    return next(file for file, header in plan.headers.items() if file.startswith(prefix) and mark in header)
+    return next(
+        file
+        for file, header in plan.headers.items()
+        if file.startswith(prefix) and (mark in header or file.endswith(PACKED))
+    )
 
 
 def _write_durable(path: Path, content: bytes) -> None:

@@ -48,9 +48,11 @@ class CheckpointWriter:
     def _write(self, step: int, incarnation: int) -> Path:
         place = self._place
         source = place.open(step, incarnation)
+        config = source.metadata.get("config") or {}
         plan = WritePlan.build(
-            source.layout, source.metadata, writers=sorted(place.stores), writer_of_rank=place.nodes_of_ranks
-        )
+            source.layout, source.metadata, writers=sorted(place.stores), writer_of_rank=place.nodes_of_ranks,
+            compress=config.get("checkpoint", {}).get("compress") == "zstd",
+        )  # fmt: skip
         prepare(plan, self._directory)
         document = plan.to_json()
         with ThreadPoolExecutor(len(place.stores)) as pool:
