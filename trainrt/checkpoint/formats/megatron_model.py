@@ -97,7 +97,7 @@ class Facts:
 
     @property
     def variables(self) -> dict[str, int]:
-        return {"heads": self.heads, "groups": self.groups, "first": 0, "before": 0}
+        return {"heads": self.heads, "groups": self.groups, "first": 0, "before": 0, "padding": 1}
 
     def gated(self, mlp: str) -> bool:
         """Whether the first matrix is gate and up, by its shape against that of the second one."""
@@ -113,7 +113,7 @@ class Facts:
         return found
 
     def _words(self, name: str) -> Parameter:
-        return Parameter((f"pad({name}, length={self.vocabulary})" if self.vocabulary else name,), 0)
+        return Parameter((f"pad({name}, length={self.vocabulary}, multiple=padding)" if self.vocabulary else name,), 0)
 
     def inside(self) -> dict[str, Parameter]:
         """Of a layer, but for experts. Norms have the names of the local layers and of those of Transformer Engine."""

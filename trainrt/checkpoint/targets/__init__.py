@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.live import LiveModel, packed
-from trainrt.checkpoint.targets import deepspeed, universal
+from trainrt.checkpoint.targets import deepspeed, megatron, universal
 from trainrt.checkpoint.targets.shape import Shape
 from trainrt.checkpoint.targets.target import Target
 from trainrt.checkpoint.writer import MODEL_ROLES
 from trainrt.parallel.layout import Layout
 
 __all__ = ["TARGETS", "Shape", "make_target"]
-TARGETS = ("universal", "hf", "deepspeed", "deepspeed-universal", "dcp")
+TARGETS = ("universal", "hf", "deepspeed", "deepspeed-universal", "dcp", "megatron", "megatron-dist")
 
 
 def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, list[str]]:
@@ -31,6 +31,10 @@ def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, 
             return deepspeed.make(*_live(opened), shape)
         case "deepspeed-universal":
             return deepspeed.make_universal(*_live(opened), shape)
+        case "megatron":
+            return megatron.make(opened, shape)
+        case "megatron-dist":
+            return megatron.make_dist(opened)
     # Half a second of torch's, which the other formats do not need.
     from trainrt.checkpoint.targets import dcp
 
