@@ -144,7 +144,8 @@ class Rank:
         self.tp, self.pp, self.vp, self.ep = (options.get(axis, 1) for axis in ("tp", "pp", "vp", "ep"))
         self.etp = options.get("etp", self.tp)
         self.dtype = getattr(torch, options.get("dtype", "float32"))
-        self.padded = -(-self.model["vocab"] // (8 * self.tp)) * 8 * self.tp
+        divisible = options.get("divisible", 8) * self.tp
+        self.padded = -(-self.model["vocab"] // divisible) * divisible
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
             virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None, expert_model_parallel_size=self.ep,
@@ -339,6 +340,50 @@ class Rank:
         dist.barrier()
         (root / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
 
+    def load(self, root: Path, optimizer: Any) -> None:
+        """As Megatron-LM's `load_checkpoint` does with --no-load-rng, into a model whose parameters are all zero before."""
+        with torch.no_grad():
+            for _, parameter in self.named():
+                parameter.zero_()
+        folder = root / f"iter_{STEPS:07d}"
+        (chunk,) = self.chunks
+        if self.options["format"] == "torch":
+            state = torch.load(folder / self._home() / "model_optim_rng.pt", weights_only=False)
+            assert (state["iteration"], state["args"].num_layers) == (STEPS, self.model["layers"])
+            chunk.load_state_dict(as_local_layers(state["model"]))
+            return
+        from megatron.core import dist_checkpointing
+
+        metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        wanted = {"model": chunk.sharded_state_dict(metadata=metadata)}
+        wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=metadata)
+        state = dist_checkpointing.load(wanted, str(folder))
+        assert (state["iteration"], state["args"].num_layers) == (STEPS, self.model["layers"])
+        chunk.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    def check(self, optimizer: Any) -> None:
+        """Every parameter, master and moment of this rank is what is known, bit for bit, but for the vocabulary's padding."""
+        for name, parameter in self.named():
+            rows = self._rows(name, parameter)
+            known = self.local("master", name, parameter).to(parameter.dtype)
+            assert torch.equal(parameter[:rows], known[:rows]), name
+            if self.options["format"] == "torch_dist":
+                (one,) = optimizer.chained_optimizers
+                master = getattr(parameter, "main_param", parameter)
+                state = one.optimizer.state[master]
+                for role, value in (("master", master), *((r, state[r]) for r in ("exp_avg", "exp_avg_sq"))):
+                    assert torch.equal(value[:rows], self.local(role, name, parameter)[:rows]), (role, name)
+                assert int(state["step"]) == STEPS
+
+    def _rows(self, name: str, parameter: torch.nn.Parameter) -> int:
+        """How many rows of a parameter are no padding."""
+        if "word_embeddings" not in name and "output_layer" not in name:
+            return len(parameter)
+        return max(
+            0, min(len(parameter), self.model["vocab"] - len(parameter) * self.mesh.get_tensor_model_parallel_rank())
+        )
+
     def _home(self) -> str:
         places = [f"mp_rank_{self.mesh.get_tensor_model_parallel_rank():02d}"]
         places += [f"{self.mesh.get_pipeline_model_parallel_rank():03d}"] if self.pp > 1 else []
@@ -353,12 +398,32 @@ class Rank:
             return self.chunks[0](tokens, positions, None)[..., : self.model["vocab"]]
 
 
+def as_local_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model of Transformer Engine's layers under the names of megatron-core's own, which are all that a CPU has."""
+    names = {
+        ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
+        ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
+    }
+    found = state
+    for old, new in names.items():
+        found = {name.replace(old, new): value for name, value in found.items()}
+    return found
+
+
 def megatron_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
     """A model with known weights and optimizer state, saved; on one rank its logits too."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=options["world"])
     with without_cuda():
         mine = Rank(rank, options)
+        if "load" in options:
+            optimizer = mine.optimizer()
+            mine.load(Path(options["load"]), optimizer)
+            mine.check(optimizer)
+            np.savez(folder / "expected.npz")
+            dist.barrier()
+            dist.destroy_process_group()
+            return
         mine.fill()
         expected: dict[str, Tensor] = {}
         if options.get("logits"):

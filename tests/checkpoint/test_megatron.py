@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checkpoint import frameworks
 from tests.checkpoint.conftest import Made
+from tests.checkpoint.frameworks import llama
 from tests.checkpoint.megatron import PROMPT, STEPS
 from trainrt.checkpoint.convert import convert
 from trainrt.checkpoint.formats import open_any
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.inspect import verify
 from trainrt.checkpoint.source import digest, read_whole
+from trainrt.checkpoint.targets import Shape
 from trainrt.errors import CheckpointError, ConfigError
 
 Options = dict[str, Any]
@@ -140,6 +145,69 @@ def test_the_model_that_hugging_face_loads_says_what_megatrons_does(
     with torch.no_grad():
         found = loaded(torch.tensor(PROMPT)).logits.numpy()
     assert np.linalg.norm(found - expected["logits"]) <= 1e-5 * np.linalg.norm(expected["logits"])
+
+
+LOADED: dict[str, tuple[str, Shape, Options]] = {
+    "dist, tp 2, pp 2": (DIST, Shape(), {"world": 4, "tp": 2, "pp": 2, "divisible": 64}),
+    "classic, tp 2, pp 2": (CLASSIC, Shape(tp=2, pp=2), {"world": 4, "tp": 2, "pp": 2, "divisible": 128}),
+    "dist, tp 2": (DIST, Shape(), {"world": 2, "tp": 2, "divisible": 64}),
+    "classic, one rank": (CLASSIC, Shape(), {"world": 1, "divisible": 128}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_megatron_loads_what_was_written_on_another_mesh(
+    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if case not in ("dist, tp 2", "classic, one rank") and not request.config.getoption("--campaign"):
+        pytest.skip("the long form runs with --campaign")
+    form, shape, mesh = LOADED[case]
+    path, _ = make(made, DIST, UNEVEN)
+    convert(path, tmp_path / "universal", to="universal")
+    to = "megatron" if form == CLASSIC else "megatron-dist"
+    document = convert(tmp_path / "universal", tmp_path / "there", to=to, shape=shape)
+    kept = {key: value for key, value in digest(open_any(path).source).items() if form == DIST or key[1] == "parameter"}
+    assert digest(open_any(tmp_path / "there").source) == kept
+    assert [text.partition(":")[0] for text in document["lost"]] == (
+        ["rng"] if form == DIST else ["rng", "exp_avg", "exp_avg_sq", "master"]
+    )
+    # Megatron itself compares, with tensors that are known without us.
+    options = {"optimizer": "plain", "dtype": "bfloat16", "format": form, "load": str(tmp_path / "there"), **mesh}
+    (tmp_path / "after").mkdir()
+    frameworks.make("megatron", tmp_path / "after", **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "message"),
+    [
+        ({"model_type": "gpt2"}, Shape(), "model_type 'gpt2'; allowed: llama, mistral"),
+        ({}, Shape(pp=3), "--mesh pp=3: Megatron cuts layers evenly"),
+        ({}, Shape(tp=4), "--mesh tp=4: 2 KV heads do not divide"),
+        ({}, Shape(world=2), "--world: --to megatron is not cut by it"),
+    ],
+)
+def test_a_model_or_a_mesh_that_megatron_does_not_have_is_refused(
+    config: Options, shape: Shape, message: str, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "hf")
+    held = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**held, **config}))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        convert(tmp_path / "hf", tmp_path / "there", to="megatron", shape=shape)
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"architecture": "Mixtral", "num_local_experts": 4},
+                                     {"architecture": "Qwen3", "head_dim": 8}, {"dtype": "bfloat16"}], ids=str)  # fmt: skip
+def test_hugging_face_goes_to_megatron_and_back(changes: Options, tmp_path: Path) -> None:
+    llama(**changes).save_pretrained(tmp_path / "hf")
+    for to, shape in (("megatron", Shape(tp=2, pp=2)), ("megatron", Shape()), ("megatron-dist", Shape())):
+        there = tmp_path / f"{to}-{shape.tp}"
+        convert(tmp_path / "hf", there, to=to, shape=shape)
+        opened = open_any(there)
+        assert opened.unknown == [] and digest(opened.source) == digest(open_any(tmp_path / "hf").source)
+        wanted = json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"]
+        assert opened.metadata["model_config"]["architectures"] == wanted
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None], *, name: str = "model_optim_rng.pt") -> None:
