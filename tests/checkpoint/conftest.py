@@ -13,7 +13,10 @@ import pytest
 
 from tests.checkpoint.frameworks import make
 
+PAGE, BEGIN, END = Path(__file__).parents[2] / "docs" / "checkpoint.md", "<!-- cases -->", "<!-- end of cases -->"
+CASES: dict[tuple[str, str, str], str] = {}
 Made = Callable[..., tuple[Path, dict[str, np.ndarray]]]
+Covers = Callable[[str, str, str], None]
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,27 @@ def made(_made: Made, tmp_path: Path) -> Made:
         return tmp_path / "made" / path.name, expected
 
     return copy
+
+
+@pytest.fixture
+def covers(request: pytest.FixtureRequest) -> Covers:
+    """(format, read or written, case): what a test is about, for the table that `--write-cases` puts into docs/checkpoint.md."""
+    return lambda *case: request.node.user_properties.append(("case", case))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    outcome = yield
+    report = outcome.get_result()
+    case = dict(item.user_properties).get("case")
+    if report.when == "call" and isinstance(case, tuple):
+        CASES[case] = "yes" if report.passed else "NO"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not session.config.getoption("--write-cases"):
+        return
+    rows = [f"| {form} | {direction} | {case} | {held} |" for (form, direction, case), held in sorted(CASES.items())]
+    table = "\n".join(["| format | | case | holds |", "|---|---|---|---|", *rows])
+    page = PAGE.read_text()
+    PAGE.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{table}\n{END}{page.split(END)[1]}")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoint.conftest import Made
+from tests.checkpoint.conftest import Covers, Made
 from tests.checkpoint.frameworks import llama
 from tests.reference import validate
 from trainrt.checkpoint import writer
@@ -42,7 +42,10 @@ def cli(*words: object, **environ: str) -> subprocess.CompletedProcess[str]:
     [({}, "10GB"), ({}, "20KB"), ({"dtype": "bfloat16"}, "10GB"), ({"tie_word_embeddings": True}, "10GB")],
     ids=["single", "sharded", "bf16", "tied"],
 )
-def test_hugging_face_goes_to_universal_and_back(changes: dict[str, Any], most: str, tmp_path: Path) -> None:
+def test_hugging_face_goes_to_universal_and_back(
+    changes: dict[str, Any], most: str, tmp_path: Path, covers: Covers
+) -> None:
+    covers("hf", "read and written, loaded by transformers", ", ".join(map(str, changes)) or f"shards of {most}")
     model = llama(**changes)
     model.save_pretrained(tmp_path / "hf", max_shard_size=most)
     document = convert(tmp_path / "hf", tmp_path / "universal", to="universal")

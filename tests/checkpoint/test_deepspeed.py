@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.checkpoint.conftest import Made
+from tests.checkpoint.conftest import Covers, Made
 from trainrt.checkpoint.formats import deepspeed, open_any
 from trainrt.checkpoint.source import digest, read_whole
 
@@ -30,10 +30,13 @@ LONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", [*SHORT, *LONG])
-def test_masters_and_moments_are_those_of_deepspeed(case: str, made: Made, request: pytest.FixtureRequest) -> None:
+def test_masters_and_moments_are_those_of_deepspeed(
+    case: str, made: Made, request: pytest.FixtureRequest, covers: Covers
+) -> None:
     if case in LONG and not request.config.getoption("--campaign"):
         pytest.skip("the long form runs with --campaign")
     options = {**SHORT, **LONG}[case]
+    covers("deepspeed", "read, bit for bit", case)
     path, expected = made("deepspeed", **options)
     opened = deepspeed.open_checkpoint(path)
     assert opened.unknown == [] and opened.step == 3

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.checkpoint import frameworks
-from tests.checkpoint.conftest import Made
+from tests.checkpoint.conftest import Covers, Made
 from tests.checkpoint.frameworks import llama
 from tests.checkpoint.megatron import PROMPT, STEPS
 from trainrt.checkpoint.convert import convert
@@ -74,11 +74,12 @@ def make(made: Made, form: str, options: Options) -> tuple[Path, dict[str, np.nd
 
 @pytest.mark.parametrize("case", [*STATES, *LONG])
 def test_weights_masters_and_moments_are_those_that_were_put_in(
-    case: str, made: Made, request: pytest.FixtureRequest
+    case: str, made: Made, request: pytest.FixtureRequest, covers: Covers
 ) -> None:
     if case in LONG and not request.config.getoption("--campaign"):
         pytest.skip("the long form runs with --campaign")
     form, options = {**STATES, **LONG}[case]
+    covers("megatron" if form == CLASSIC else "megatron-dist", "read, bit for bit", case)
     path, expected = make(made, form, options)
     opened = open_any(path)
     assert opened.format == ("megatron" if form == CLASSIC else "megatron-dist")
@@ -157,7 +158,7 @@ LOADED: dict[str, tuple[str, Shape, Options]] = {
 
 @pytest.mark.parametrize("case", LOADED)
 def test_megatron_loads_what_was_written_on_another_mesh(
-    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest
+    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest, covers: Covers
 ) -> None:
     if case not in ("dist, tp 2", "classic, one rank") and not request.config.getoption("--campaign"):
         pytest.skip("the long form runs with --campaign")
@@ -165,6 +166,7 @@ def test_megatron_loads_what_was_written_on_another_mesh(
     path, _ = make(made, DIST, UNEVEN)
     convert(path, tmp_path / "universal", to="universal")
     to = "megatron" if form == CLASSIC else "megatron-dist"
+    covers(to, "written, loaded by megatron-core, equal bit for bit", case)
     document = convert(tmp_path / "universal", tmp_path / "there", to=to, shape=shape)
     kept = {key: value for key, value in digest(open_any(path).source).items() if form == DIST or key[1] == "parameter"}
     assert digest(open_any(tmp_path / "there").source) == kept

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.checkpoint.conftest import Made
+from tests.checkpoint.conftest import Covers, Made
 from tests.checkpoint.frameworks import llama, make
 from trainrt.checkpoint.convert import convert
 from trainrt.checkpoint.formats import open_any
@@ -50,11 +50,12 @@ SHORT = ("zero 1", "deepspeed universal, zero 3", "dcp")
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_framework_goes_on_as_if_it_had_never_stopped(
-    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest
+    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest, covers: Covers
 ) -> None:
     if case not in SHORT and not request.config.getoption("--campaign"):
         pytest.skip("the long form runs with --campaign")
     framework, options, to, shape, loading = CASES[case]
+    covers(to, "written, loaded by the framework, same losses", case)
     checkpoint, _ = made(framework, **options)
     llama(**options.get("model", {})).config.save_pretrained(tmp_path / "config")
     convert(checkpoint, tmp_path / "universal", to="universal", model_config=tmp_path / "config")
