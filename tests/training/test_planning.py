@@ -107,10 +107,13 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> 
         preflight(job(data={"source": str(tmp_path / "t.txt")}), world_size=1)
 
 
-def test_tensor_parallelism_is_refused_where_no_rule_covers_a_parameter() -> None:
+def test_every_parameter_says_which_rule_placed_it() -> None:
     sizes = {**LLAMA, "model_type": "qwen3", "head_dim": 8}
-    with pytest.raises(PlanError, match=r"q_norm\.weight"):
-        make_plan(job("huggingface", mesh={"tp": 2}, model={"config": sizes}), world_size=2)
+    plan = make_plan(job("huggingface", mesh={"tp": 2}, model={"config": sizes}), world_size=2)
+    rules = {parameter.name.split(".", 3)[-1]: parameter.rule.split(":")[0] for parameter in plan.parameters}
+    assert rules["self_attn.q_proj.weight"] == "column-parallel"
+    assert rules["self_attn.o_proj.weight"] == "row-parallel"
+    assert rules["self_attn.q_norm.weight"] == "replicated"
 
 
 def test_auto_finds_a_mesh_and_says_what_it_passed_over() -> None:
@@ -129,9 +132,9 @@ def test_every_element_of_every_parameter_lies_on_some_rank() -> None:
         plan = make_plan(job(mesh=mesh), world_size=job(mesh=mesh).world_size)
         for parameter in plan.parameters:
             primary = [
-                parameter.box(plan.mesh, r) for r in range(plan.mesh.world_size) if parameter.primary(plan.mesh, r)
+                parameter.held(plan.mesh, r) for r in range(plan.mesh.world_size) if parameter.primary(plan.mesh, r)
             ]
-            held = sum(box.elements for box in primary)
+            held = sum(held.elements for held in primary)
             assert held == math.prod(parameter.shape), (mesh, parameter.name)
 
 

@@ -56,7 +56,7 @@ def estimate(plan: Plan, work: Work, device: Device) -> dict[str, float]:
     """The parts of memory (bytes a rank) and of a step (seconds). `memory_bytes` and `step_seconds` are their sums."""
     size = plan.mesh
     elements = sum(Box.whole(p.shape).elements for p in plan.parameters if not p.buffer)
-    held = sum(p.box(size, 0).elements for p in plan.parameters if not p.buffer)
+    held = sum(p.held(size, 0).elements for p in plan.parameters if not p.buffer)
     item = ITEM_BYTES[work.compute_dtype]
     memory = {
         "state_bytes": held * 16.0,

@@ -9,23 +9,76 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, product
 from typing import Any
 
 from trainrt.config import MeshSize
 from trainrt.parallel.layout import ITEM_BYTES, Box, Fragment, Layout, LogicalTensor, contiguous_strides
 from trainrt.parallel.mesh import axis_size, coordinates
+from trainrt.parallel.sharded.owners import Split, owners_of
 
 ALIGNMENT = 64
 
 
+Run = tuple[int, int]
+"""(first index, length)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Dimension `dim` is cut over mesh axis `axis` into torch.chunk's pieces (the last may be short)."""
+    """Dimension `dim` is cut over mesh axis `axis`: into torch.chunk's pieces (the last may be short), or by `runs`.
+
+    runs: for each place on the axis the runs of indices it holds, in order (heads of a fused weight, say). An index may be
+    held by all places; the first counts it.
+    """
 
     axis: str
     dim: int
+    runs: tuple[tuple[Run, ...], ...] | None = None
+
+    def places(self, shape: tuple[int, ...], count: int) -> tuple[tuple[Run, ...], ...]:
+        """For each of `count` places the runs it holds, of a tensor that nothing else has cut."""
+        if self.runs is not None:
+            return self.runs
+        piece = -(-shape[self.dim] // count)
+        starts = [min(place * piece, shape[self.dim]) for place in range(count + 1)]
+        return tuple(((a, b - a),) for a, b in pairwise(starts))
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a rank holds of a live tensor: along each dimension, runs of indices, stored one after the other."""
+
+    spans: tuple[tuple[Run, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(sum(length for _, length in span) for span in self.spans)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def clipped(self, dim: int, start: int, length: int) -> Held:
+        """A range of it along one dimension, counted in what is held."""
+        clipped, at = [], 0
+        for first, n in self.spans[dim]:
+            low, high = max(start, at), min(start + length, at + n)
+            if low < high:
+                clipped.append((first + low - at, high - low))
+            at += n
+        return Held((*self.spans[:dim], tuple(clipped), *self.spans[dim + 1 :]))
+
+    def pieces(self) -> Iterator[tuple[Box, tuple[int, ...]]]:
+        """Each box of the live tensor that is held, and its offset in the local one."""
+        starts = [list(accumulate((n for _, n in span), initial=0)) for span in self.spans]
+        for chosen in product(*(range(len(span)) for span in self.spans)):
+            runs = [span[i] for span, i in zip(self.spans, chosen, strict=True)]
+            box = Box(tuple(first for first, _ in runs), tuple(n for _, n in runs))
+            yield box, tuple(start[i] for start, i in zip(starts, chosen, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +115,35 @@ class ParameterPlan:
     trainable: bool = True
     buffer: bool = False
 
-    def box(self, size: MeshSize, rank: int) -> Box:
-        """The box of the live tensor that `rank` holds; empty lengths are possible."""
+    def held(self, size: MeshSize, rank: int) -> Held:
+        """What `rank` holds of the live tensor; empty lengths are possible."""
         where = coordinates(size, rank)
-        offset, length = [0] * len(self.shape), list(self.shape)
+        held = Held(tuple(((0, n),) for n in self.shape))
         for cut in self.cuts:
-            pieces = axis_size(size, cut.axis)
-            piece = -(-length[cut.dim] // pieces)
-            start = min(where[cut.axis] * piece, length[cut.dim])
-            length[cut.dim] = min(piece, length[cut.dim] - start)
-            offset[cut.dim] += start
-        return Box(tuple(offset), tuple(length))
+            if axis_size(size, cut.axis) == 1:
+                continue
+            if cut.runs is not None:
+                held = Held((*held.spans[: cut.dim], cut.runs[where[cut.axis]], *held.spans[cut.dim + 1 :]))
+                continue
+            length = held.shape[cut.dim]
+            piece = -(-length // axis_size(size, cut.axis))
+            held = held.clipped(cut.dim, where[cut.axis] * piece, piece)
+        return held
+
+    def counted(self, size: MeshSize, rank: int) -> tuple[int, list[int]] | None:
+        """(dimension, positions along it) of what `rank` counts of its local tensor; None: all of it.
+
+        Not all of it is counted where several places of a cut hold the same index: the first of them counts it.
+        """
+        for cut in self.cuts:
+            place = coordinates(size, rank)[cut.axis]
+            if cut.runs is None or axis_size(size, cut.axis) == 1 or place == 0:
+                continue
+            earlier = {i for runs in cut.runs[:place] for first, n in runs for i in range(first, first + n)}
+            if any(first + k in earlier for first, n in cut.runs[place] for k in range(n)):
+                mine = [first + k for first, n in self.held(size, rank).spans[cut.dim] for k in range(n)]
+                return cut.dim, [position for position, index in enumerate(mine) if index not in earlier]
+        return None
 
     def replica(self, size: MeshSize, rank: int) -> tuple[int, int]:
         """Which of the ranks that hold the same box this one is, and how many they are."""
@@ -90,36 +161,48 @@ class ParameterPlan:
         """Whether `rank` is the first of the ranks that hold its box (they are replicas)."""
         return self.replica(size, rank)[0] == 0
 
-    def share(self, size: MeshSize, rank: int) -> Box:
-        """The rows of its box that `rank` answers for: replicas divide them among themselves."""
-        box, (number, count) = self.box(size, rank), self.replica(size, rank)
-        if not self.shape:
-            return box if number == 0 else Box((0,), (0,))
-        piece = -(-box.length[0] // count)
-        start = min(number * piece, box.length[0])
-        rows = min(piece, box.length[0] - start)
-        return Box((box.offset[0] + start, *box.offset[1:]), (rows, *box.length[1:]))
+    def share(self, size: MeshSize, rank: int) -> Held:
+        """The rows of what it holds that `rank` answers for: replicas divide them among themselves."""
+        return self.held(size, rank).clipped(0, *self.rows(size, rank)) if self.shape else self.held(size, rank)
+
+    def rows(self, size: MeshSize, rank: int) -> Run:
+        """(first, number) of the local rows that `rank` answers for."""
+        (number, count), rows = self.replica(size, rank), self.held(size, rank).shape[0] if self.shape else 1
+        piece = -(-rows // count)
+        start = min(number * piece, rows)
+        return start, min(piece, rows - start)
 
     def placements(self, size: MeshSize) -> dict[str, str]:
         """Mesh axis to 'replicate' or 'shard(dim)', as in `plan --json`."""
-        cut = {cut.axis: f"shard({cut.dim})" for cut in self.cuts if axis_size(size, cut.axis) > 1}
+        cut = {cut.axis: _placement(cut) for cut in self.cuts if axis_size(size, cut.axis) > 1}
         axes = ("efsdp", "ep", "tp") if {"ep", "efsdp"} & {c.axis for c in self.cuts} else ("dp", "fsdp", "tp")
         return {axis: cut.get(axis, "replicate") for axis in axes}
 
-    def fragments(self, part: Part, mine: Box, rank: int, base: int) -> tuple[Fragment, ...]:
-        """What `rank` holds of a logical tensor in the box `mine` of the live one, which lies at byte `base`."""
+    def fragments(self, part: Part, mine: Held, rank: int, base: int) -> tuple[Fragment, ...]:
+        """What `rank` holds of a logical tensor in `mine` of the live one, which lies at byte `base`."""
         extent = [1] * len(self.shape)
         for dim, n in zip(part.dims, part.shape, strict=True):
             extent[dim] = n
-        common = mine.intersect(Box(part.offset, tuple(extent))) if mine.elements else None
-        if common is None:
-            return ()
-        strides = contiguous_strides(mine.length)
-        start = sum((a - b) * s for a, b, s in zip(common.offset, mine.offset, strides, strict=True))
-        box = Box(
-            tuple(common.offset[d] - part.offset[d] for d in part.dims), tuple(common.length[d] for d in part.dims)
-        )
-        return (Fragment(rank, box, "state", tuple(strides[d] for d in part.dims), start, base),)
+        inside = Box(part.offset, tuple(extent))
+        strides = contiguous_strides(mine.shape)
+        found = []
+        for piece, at in mine.pieces() if mine.elements else ():
+            common = piece.intersect(inside)
+            if common is None:
+                continue
+            moved = zip(common.offset, piece.offset, at, strides, strict=True)
+            start = sum((a - b + first) * s for a, b, first, s in moved)
+            box = Box(
+                tuple(common.offset[d] - part.offset[d] for d in part.dims), tuple(common.length[d] for d in part.dims)
+            )
+            found.append(Fragment(rank, box, "state", tuple(strides[d] for d in part.dims), start, base))
+        return tuple(found)
+
+
+def _placement(cut: Cut) -> str:
+    if cut.runs is None or all(len(runs) == 1 for runs in cut.runs):
+        return f"shard({cut.dim})"
+    return f"shard({cut.dim}, in {max(map(len, cut.runs))} runs)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,22 +247,25 @@ class Plan:
         slots: list[Slot] = []
         base = 0
         for parameter in self.parameters:
-            box, whole = self._held(parameter, rank, shared=shared), parameter.box(self.mesh, rank)
-            start = box.offset[0] - whole.offset[0] if parameter.shape else 0
+            shape, start = parameter.held(self.mesh, rank).shape, 0
+            if shared:
+                start, rows = parameter.rows(self.mesh, rank)
+                # A scalar that another replica answers for is an empty row here.
+                shape = (rows, *shape[1:]) if shape or not rows else ()
             for role, dtype in roles_of(parameter, roles):
-                slots.append(Slot(parameter.name, role, dtype, base, box.length, start))
-                size = Box.whole(box.length).elements * ITEM_BYTES[dtype]
+                slots.append(Slot(parameter.name, role, dtype, base, shape, start))
+                size = math.prod(shape) * ITEM_BYTES[dtype]
                 base += -(-size // ALIGNMENT) * ALIGNMENT
         return slots, base
 
     def replicas(self, rank: int) -> frozenset[int]:
         """The other ranks that hold exactly what this one holds."""
         others = (other for other in range(self.mesh.world_size) if other != rank)
-        boxes = [parameter.box(self.mesh, rank) for parameter in self.parameters]
+        held = [parameter.held(self.mesh, rank) for parameter in self.parameters]
         return frozenset(
             other
             for other in others
-            if all(p.box(self.mesh, other) == box for p, box in zip(self.parameters, boxes, strict=True))
+            if all(p.held(self.mesh, other) == mine for p, mine in zip(self.parameters, held, strict=True))
         )
 
     def layout(self, ranks: Iterable[int], roles: Sequence[tuple[str, str | None]], *, shared: bool = False) -> Layout:
@@ -189,14 +275,21 @@ class Plan:
         for rank in ranks:
             for slot in self.slots(rank, roles, shared=shared)[0]:
                 parameter = by_name[slot.name]
-                mine = self._held(parameter, rank, shared=shared)
+                mine = parameter.share(self.mesh, rank) if shared else parameter.held(self.mesh, rank)
+                elsewhere = not parameter.shape and slot.shape != ()
                 for part in parameter.parts:
                     tensor = LogicalTensor(part.name, slot.role, slot.dtype, part.shape)
-                    layout.add(tensor, *parameter.fragments(part, mine, rank, slot.base))
+                    layout.add(tensor, *(() if elsewhere else parameter.fragments(part, mine, rank, slot.base)))
         return layout
 
-    def _held(self, parameter: ParameterPlan, rank: int, *, shared: bool) -> Box:
-        return parameter.share(self.mesh, rank) if shared else parameter.box(self.mesh, rank)
+    def splits(self) -> dict[str, Split]:
+        """What tensor parallelism cuts, as sharded execution wants it."""
+        found = {}
+        for parameter in self.parameters:
+            for cut in parameter.cuts:
+                if cut.axis == "tp":
+                    found[parameter.name] = Split(cut.dim, owners_of(cut.places(parameter.shape, self.mesh.tp)))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The document of `trainrt plan --json` and plan.json."""
@@ -209,6 +302,7 @@ class Plan:
                     "shape": list(parameter.shape),
                     "placements": parameter.placements(self.mesh),
                     "rule": parameter.rule,
+                    **{f"{cut.axis}_runs": cut.runs for cut in parameter.cuts if cut.runs is not None},
                 }
                 for parameter in self.parameters
             ],

@@ -15,14 +15,15 @@ from torch import nn
 from trainrt.checkpoint.policy import Forecast, best_every, effective_time, node_mtbf_seconds
 from trainrt.config import DataConfig, JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
+from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
 from trainrt.parallel.mesh import choose_device
 from trainrt.parallel.packing import packed_parts
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.derive import derive
-from trainrt.parallel.planner.rules import find_blocks
 from trainrt.parallel.search import assess, choose
 from trainrt.run_dir import read_json
+from trainrt.training.blueprint import blueprint_of
 from trainrt.training.data import Corpus, open_corpus
 from trainrt.training.models.build import build_meta, stored_dtype, weight_files
 from trainrt.training.pipeline import Pipeline, load_pipeline
@@ -71,17 +72,19 @@ def make_plan(
 
     `mesh` overrides the config's. Raises PlanError where nothing fits.
     """
-    model = model if model is not None else meta_model(config, load_pipeline(config))
+    pipeline = load_pipeline(config)
+    model = model if model is not None else meta_model(config, pipeline)
+    blueprint = blueprint_of(config, pipeline, model)
     parts = packed_parts(model) if config.model.kind == "huggingface" and hasattr(model, "config") else {}
     profile = device_of(device or _device_name(config))
     work = work_of(config, model)
     size = mesh or config.mesh()
     if size is None:
-        plan = choose(lambda candidate: derive(model, candidate, parts=parts), world_size, work, profile)
+        plan = choose(lambda candidate: derive(model, candidate, blueprint, parts=parts), world_size, work, profile)
     else:
         if size.world_size != world_size:
             size = shrink(size, world_size)
-        plan = assess(derive(model, size, parts=parts), work, profile)
+        plan = assess(derive(model, size, blueprint, parts=parts), work, profile)
     return replace(plan, recovery=forecast(config, plan).to_json())
 
 

@@ -177,11 +177,11 @@ def _describe(
     target: Layout, holder: StateHolder, parameter: ParameterPlan, role: str, source: Source, storage: str
 ) -> torch.dtype:
     """Add what a local tensor holds to the target, in the source's role and dtype. Returns that dtype."""
-    box, dtype = parameter.box(holder.plan.mesh, holder.rank), parameter.dtype
+    mine, dtype = parameter.held(holder.plan.mesh, holder.rank), parameter.dtype
     for part in parameter.parts:
         held = _held(source, part.name, role)
         dtype = held.dtype
-        fragments = parameter.fragments(part, box, holder.rank, base=0)
+        fragments = parameter.fragments(part, mine, holder.rank, base=0)
         target.add(
             LogicalTensor(part.name, held.role, held.dtype, part.shape),
             *(replace(fragment, storage=storage) for fragment in fragments),

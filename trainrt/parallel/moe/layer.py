@@ -6,10 +6,8 @@ Legend: T tokens of one logical shard, D width, K choices, N = T * K rows less t
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.moe.router import Router, capacity
 
@@ -30,7 +28,6 @@ class MoeLayer(nn.Module):
         self.number_of_experts = experts
         self.top_k = top_k
         self.capacity_factor = capacity_factor
-        self.tp_group: dist.ProcessGroup | None = None
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = x_BSD.flatten(0, -2)
@@ -49,10 +46,5 @@ class MoeLayer(nn.Module):
         return y_TD.view_as(x_BSD), routing.balance, routing.z
 
     def _mix(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, count_E: Tensor) -> Tensor:
-        if self.tp_group is not None:
-            # The experts' output is a partial sum: what flows into it forward gets summed gradients.
-            x_TD = CopyToGroup.apply(x_TD, self.tp_group)
-            weight_N = CopyToGroup.apply(weight_N, self.tp_group)
         y_ND = self.experts(x_TD[token_N], count_E) * weight_N.unsqueeze(-1)
-        y_TD = torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
-        return y_TD if self.tp_group is None else ReduceFromGroup.apply(y_TD, self.tp_group)
+        return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)

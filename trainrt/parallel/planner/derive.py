@@ -1,4 +1,4 @@
-"""From a meta model and a mesh to the plan of its parameters: splits of tp and ep, then FSDP's shard."""
+"""From a model and a mesh to the plan of its parameters: cuts over tp and ep, then FSDP's shard."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from torch import nn
 
 from trainrt.config import MeshSize
 from trainrt.parallel.plan import Cut, ParameterPlan, Part, Plan
-from trainrt.parallel.planner.rules import Split, find_splits
+from trainrt.parallel.planner.experts import expert_cuts
+from trainrt.parallel.planner.probe import Blueprint
+from trainrt.parallel.planner.sharding import Sharding, sharding_of
 
 
-def derive(model: nn.Module, size: MeshSize, *, parts: Mapping[str, tuple[Part, ...]] | None = None) -> Plan:
+def derive(
+    model: nn.Module, size: MeshSize, blueprint: Blueprint, *, parts: Mapping[str, tuple[Part, ...]] | None = None
+) -> Plan:
     """Place every parameter and persistent buffer of `model` on the mesh.
 
     `parts` maps live tensors to the logical ones they pack; what it does not name is logical itself.
-    Raises PlanError where a form is asked for that no rule covers.
+    Raises PlanError where a form is asked for that the model does not have.
     """
-    splits = find_splits(model, size)
+    sharding = sharding_of(blueprint, size.tp).spread(model) if size.tp > 1 else Sharding(1)
+    experts = expert_cuts(model, size) if size.ep > 1 else {}
     parts = parts or {}
     names: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -28,14 +33,14 @@ def derive(model: nn.Module, size: MeshSize, *, parts: Mapping[str, tuple[Part, 
             aliases[name] = names[id(parameter)]
             continue
         names[id(parameter)] = name
-        split = splits.get(name)
+        cuts, rule = experts.get(name) or _dense(name, tuple(parameter.shape), sharding)
         planned.append(
             ParameterPlan(
                 name=name,
                 shape=tuple(parameter.shape),
                 dtype=dtype_name(parameter.dtype),
-                cuts=_cuts(split),
-                rule=split.rule if split else "replicated over tp: sees whole activations",
+                cuts=cuts,
+                rule=rule,
                 parts=parts.get(name) or (Part.whole(name, tuple(parameter.shape)),),
                 trainable=parameter.requires_grad,
             )
@@ -48,12 +53,15 @@ def derive(model: nn.Module, size: MeshSize, *, parts: Mapping[str, tuple[Part, 
     return Plan(size, tuple(planned), aliases)
 
 
-def _cuts(split: Split | None) -> tuple[Cut, ...]:
-    if split is None:
-        return (Cut("fsdp", 0),)
-    if split.axis == "ep":
-        return (Cut("ep", split.dim), Cut("efsdp", 1))
-    return (Cut(split.axis, split.dim), Cut("fsdp", 0))
+def _dense(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[Cut, ...], str]:
+    """The cuts of a parameter that is no expert's, and its rule."""
+    rule = sharding.rules.get(name, "whole")
+    if name not in sharding.splits:
+        return (Cut("fsdp", 0),), rule
+    dim, runs = sharding.splits[name].dim, sharding.runs(name)
+    even = Cut("tp", dim)
+    cut = even if runs == even.places(shape, sharding.ranks) else Cut("tp", dim, runs)
+    return (cut, Cut("fsdp", 0)), rule
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -23,30 +23,30 @@ from torch.distributed.tensor import DTensor
 
 from trainrt.config import JobConfig
 from trainrt.events import ring
+from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
 from trainrt.parallel.mesh import Groups, coordinates
+from trainrt.parallel.moe.parallel import spread_experts
 from trainrt.parallel.norm import ExactNorm, PlainNorm, SquaredNorm
 from trainrt.parallel.plan import Plan
-from trainrt.parallel.planner.rules import find_blocks, find_splits
-from trainrt.parallel.tensor import apply_expert_parallel, apply_tensor_parallel
+from trainrt.parallel.sharded.model import shard_model
 from trainrt.parallel.tree import Turn
 from trainrt.training.models.build import compute_dtype
 from trainrt.training.objectives import Loss, LossFunction, evaluate_loss
 from trainrt.training.optimizer import STATE_ROLES, learning_rate, make_optimizer
 
 
-def parallelize(model: nn.Module, groups: Groups, *, config: JobConfig, turn: Turn | None) -> nn.Module:
+def parallelize(model: nn.Module, plan: Plan, groups: Groups, *, config: JobConfig, turn: Turn | None) -> nn.Module:
     """Tensor parallel -> expert parallel -> activation checkpointing -> FSDP, in that order.
 
     With a `turn`, sums over leaves have one order on every mesh of the same tp and ep.
     """
     blocks = find_blocks(model)
-    splits = find_splits(model, groups.size)
     if groups.size.tp > 1:
-        apply_tensor_parallel(model, splits, groups.dense["tp"])
+        shard_model(model, plan.splits(), groups.dense["tp"])
     if groups.experts is not None:
-        apply_expert_parallel(model, splits, groups.experts["ep"])
+        spread_experts(model, groups.experts["ep"])
     if config.model.activation_checkpointing:
         for block in blocks or ():
             checkpoint(block)
@@ -93,7 +93,7 @@ class NativeEngine:
         deterministic = config.run.deterministic
         self._turn = Turn() if deterministic else None
         self._norm: SquaredNorm = ExactNorm() if deterministic else PlainNorm()
-        self.model = parallelize(model, groups, config=config, turn=self._turn)
+        self.model = parallelize(model, plan, groups, config=config, turn=self._turn)
         self.where = coordinates(plan.mesh, rank)
         self.data_rank = self.where["dp"] * plan.mesh.fsdp + self.where["fsdp"]
         self.sharded = dict(self.model.named_parameters())
@@ -102,12 +102,13 @@ class NativeEngine:
         shapes = {parameter.name: parameter.shape for parameter in plan.parameters}
         self.optimizer = make_optimizer(config, self.local, shapes)
         self._primary = {p.name: p.primary(plan.mesh, rank) for p in plan.parameters}
+        self._counted = {p.name: p.counted(plan.mesh, rank) for p in plan.parameters}
 
     def _check_plan(self) -> None:
         """The plan is the one notion of who holds what: what the engine made must be just that."""
         for parameter in self.plan.parameters:
             if parameter.name in self.local:
-                made, planned = tuple(self.local[parameter.name].shape), parameter.box(self.plan.mesh, self.rank).length
+                made, planned = tuple(self.local[parameter.name].shape), parameter.held(self.plan.mesh, self.rank).shape
                 if made != planned and math.prod(made) + math.prod(planned) > 0:
                     raise RuntimeError(f"{parameter.name}: the engine holds {made}, the plan says {planned}")
 
@@ -211,7 +212,8 @@ class NativeEngine:
     ) -> _Gathered:
         """The step's one gather of numbers: (ranks, columns) of float64."""
         # Each element counts once: a replica's gradient is left to the first rank that holds it.
-        counted = [g for name, g in gradients.items() if self._primary[name] and g.numel()]
+        held = ((name, g) for name, g in gradients.items() if self._primary[name] and g.numel())
+        counted = [_counted(g, self._counted[name]) for name, g in held]
         rows = [*self._norm.part(counted), *measured]
         for result in results:
             rows += [result.loss, result.weight, float(result.digest >> 32), float(result.digest & 0xFFFFFFFF)]
@@ -302,6 +304,10 @@ class _Gathered:
 def _numbers(loss: Loss, digest: int) -> LeafResult:
     auxiliary = {name: float(mean.detach()) for name, (mean, _) in loss.auxiliary.items()}
     return LeafResult(float(loss.sum.detach()), float(loss.weight), auxiliary, digest)
+
+
+def _counted(gradient: Tensor, part: tuple[int, list[int]] | None) -> Tensor:
+    return gradient if part is None else gradient.index_select(part[0], torch.tensor(part[1], device=gradient.device))
 
 
 def _local(tensor: Tensor) -> Tensor:

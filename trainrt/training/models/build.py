@@ -29,7 +29,7 @@ def compute_dtype(config: JobConfig) -> torch.dtype:
 def build_meta(config: JobConfig) -> nn.Module:
     """The model without storage: names, shapes and structure."""
     with torch.device("meta"):
-        return _construct(config).to(stored_dtype(config))
+        return construct(config).to(stored_dtype(config))
 
 
 def build(config: JobConfig, *, fresh: bool) -> nn.Module:
@@ -38,14 +38,14 @@ def build(config: JobConfig, *, fresh: bool) -> nn.Module:
     """
     torch.manual_seed(config.run.seed)
     if config.model.kind == "moe_lm":
-        model = _construct(config)
+        model = construct(config)
         if fresh:
             assert isinstance(model, MoeLm)
             model.initialize()
     elif fresh and weight_files(config):
         model = _pretrained(config)
     else:
-        model = _construct(config, initialize=fresh)
+        model = construct(config, initialize=fresh)
     return model.to(stored_dtype(config))
 
 
@@ -103,7 +103,8 @@ def _model_type(document: dict[str, Any]) -> str:
     raise ModelError("model.config: an inline table needs model_type or architectures")
 
 
-def _construct(config: JobConfig, *, initialize: bool = True) -> nn.Module:
+def construct(config: JobConfig, *, initialize: bool = True) -> nn.Module:
+    """The model that the config says, on the current device."""
     if config.model.kind == "moe_lm":
         return MoeLm(config.moe_lm, config.moe)
     import transformers

@@ -1,0 +1,11 @@
+"""The repeated layers of a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The module list that holds the most parameters, or None."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)

@@ -1,0 +1,136 @@
+"""A small model of the same structure as a large one, to be run while planning: few layers, weights that cost nothing.
+
+What repeats is decided once, so of each kind of layer one is kept. Buffers are real, since models compute them when they
+are made; parameters get no storage until it is known which are left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainrt.errors import PlanError
+from trainrt.parallel.planner.tape import Tape, record
+
+KEPT_LAYERS = 2
+"""At least so many layers stay: what the first owns and the next ones use (T5's position bias) must be seen."""
+
+RANDOM_ELEMENTS = 1 << 20
+"""Larger weights are zero pages that nobody wrote: only where channels go matters to a tape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """How to make a model without storage for its parameters, and how to run it: the loss of a small batch.
+
+    key: text that is the same for two models only if they compute the same way.
+    """
+
+    make: Callable[[], nn.Module]
+    loss: Callable[[nn.Module], Tensor]
+    key: str
+
+
+@contextlib.contextmanager
+def hollow() -> Iterator[None]:
+    """Modules made inside have parameters on the meta device; all else is real. Ties stay ties."""
+    register = nn.Module.register_parameter
+
+    def registered(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = registered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def trace(blueprint: Blueprint) -> Tape:
+    """The tape of the shortened model, or of the whole one where it cannot be shortened. Raises PlanError."""
+    failure: Exception | None = None
+    for shorten in (True, False):
+        model = blueprint.make().eval()
+        if shorten and not shortened(model):
+            continue
+        materialize(model, random_elements=RANDOM_ELEMENTS)
+        try:
+            return record(model, lambda model=model: blueprint.loss(model))  # type: ignore[misc]
+        except Exception as error:
+            failure = error
+    raise PlanError(f"the model cannot be run on a small batch: {type(failure).__name__}: {failure}") from failure
+
+
+def shortened(model: nn.Module) -> bool:
+    """Of each outermost list of layers keep one of each kind, in order. Returns whether any went."""
+    changed = False
+    for module in list(_outermost(model)):
+        kinds: dict[str, int] = {}
+        kept: list[nn.Module] = []
+        for layer in module:
+            kind = repr([(name, tuple(p.shape)) for name, p in layer.named_parameters()])
+            if kind not in kinds or len(kept) < KEPT_LAYERS:
+                kinds[kind] = len(kept)
+                kept.append(layer)
+        if len(kept) < len(module):
+            changed = True
+            for name in list(module._modules):
+                del module._modules[name]
+            for position, layer in enumerate(kept):
+                module._modules[str(position)] = layer
+    return changed
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost(child)
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, *, random_elements: float = float("inf"), dtype: torch.dtype = torch.float32) -> None:
+    """Give parameters storage: small random numbers, the same every time, and zeros in those above `random_elements`."""
+    generator = torch.Generator().manual_seed(0)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                if parameter.numel() <= random_elements:
+                    values = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.1
+                else:
+                    values = torch.from_numpy(np.zeros(tuple(parameter.shape), np.float32)).to(dtype)
+                made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            module._parameters[leaf] = made[id(parameter)]
+        for leaf, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[leaf] = buffer.to(dtype)
+
+
+def source_of(model: nn.Module) -> str:
+    """What a model is made of, as text: a digest of the files its classes stand in, and its parameters."""
+    files = set()
+    for cls in {type(module) for module in model.modules()}:
+        try:
+            files.add(inspect.getfile(cls))
+        except (OSError, TypeError):
+            files.add(f"{cls.__module__}.{cls.__qualname__}")
+    digest = hashlib.sha256(torch.__version__.encode())
+    for file in sorted(files):
+        digest.update(Path(file).read_bytes() if Path(file).exists() else file.encode())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+    return digest.hexdigest()

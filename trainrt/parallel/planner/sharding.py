@@ -1,0 +1,116 @@
+"""How tensor parallelism cuts a model: derived once for a structure, kept in a cache, carried by the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trainrt.errors import PlanError
+from trainrt.parallel.planner.choose import Chooser, structure
+from trainrt.parallel.planner.deal import Indivisible
+from trainrt.parallel.planner.probe import Blueprint, trace
+from trainrt.parallel.sharded.owners import Runs, Split, owners_of
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """The split of each parameter that `ranks` ranks share, and the rule of every parameter: why it is cut, or whole."""
+
+    ranks: int
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    rules: Mapping[str, str] = field(default_factory=dict)
+
+    def runs(self, name: str) -> Runs:
+        """For each rank the runs of indices it holds."""
+        return tuple(self.splits[name].owners.runs(rank) for rank in range(self.ranks))
+
+    def to_json(self) -> dict[str, Any]:
+        cuts = {name: {"dim": split.dim, "runs": self.runs(name)} for name, split in self.splits.items()}
+        return {"ranks": self.ranks, "cuts": cuts, "rules": dict(self.rules)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Sharding:
+        ranks = document["ranks"]
+        splits = {name: Split(cut["dim"], owners_of(cut["runs"])) for name, cut in document["cuts"].items()}
+        return cls(ranks, splits, document["rules"])
+
+    def spread(self, model: nn.Module) -> Sharding:
+        """The same for every parameter of the whole model: those that a small run left out follow their like."""
+        like: dict[str, str] = {}
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name in self.rules:
+            if name in shapes:
+                like.setdefault(structure(name, shapes[name]), name)
+        splits, rules = {}, {}
+        for name, shape in shapes.items():
+            known = name if name in self.rules and name in self.splits else like.get(structure(name, shape), name)
+            if known in self.splits:
+                splits[name] = self.splits[known]
+            rules[name] = self.rules.get(known, "replicated: not reached by a run of the model")
+        return Sharding(self.ranks, splits, rules)
+
+
+def find_sharding(blueprint: Blueprint, ranks: int) -> Sharding:
+    """The cuts of the small model. Raises PlanError where it cannot be run, or its heads do not divide."""
+    try:
+        choice = Chooser(trace(blueprint), ranks).choose()
+    except Indivisible as error:
+        raise PlanError(f"parallel.tp = {ranks} does not divide {error}") from error
+    splits = {name: Split(cut.dim, cut.owners) for name, cut in choice.cuts.items()}
+    return Sharding(ranks, splits, {**{name: cut.rule for name, cut in choice.cuts.items()}, **choice.whole})
+
+
+class Cache:
+    """What is known of structures, on disk: a file for each, written whole. Without a place to write, it forgets."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        self._directory = directory or Path(home) / "trainrt" / "plans"
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        try:
+            document: dict[str, Any] = json.loads(self._file(key).read_text())
+            return document
+        except (OSError, ValueError):
+            return None
+
+    def write(self, key: str, document: Mapping[str, Any]) -> None:
+        file = self._file(key)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(document))
+            partial.replace(file)
+        except OSError:
+            return
+
+    def _file(self, key: str) -> Path:
+        return self._directory / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _own_source() -> str:
+    """A digest of the planner and of sharded execution: what they decide is theirs only."""
+    room = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted((*room.glob("planner/*.py"), *room.glob("sharded/*.py"))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def sharding_of(blueprint: Blueprint, ranks: int, *, cache: Cache | None = None) -> Sharding:
+    """The cuts of the small model, from the cache where its structure is known. Raises PlanError."""
+    cache = cache or Cache()
+    key = f"{_own_source()} {ranks} {blueprint.key}"
+    known = cache.read(key)
+    if known is not None:
+        return Sharding.from_json(known)
+    found = find_sharding(blueprint, ranks)
+    cache.write(key, found.to_json())
+    return found

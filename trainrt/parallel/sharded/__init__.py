@@ -1,0 +1,1 @@
+"""Sharded execution: global shapes outside, local tensors inside."""

@@ -1,0 +1,110 @@
+"""A model's split parameters: stored as DTensors of the local part, seen by its code as whole ones.
+
+The class of a module that owns split parameters is replaced by one of the same name in which each of them is a property:
+wherever the model's code reads it, it gets a Sharded of the current local part (what FSDP2 has just gathered, say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from trainrt.parallel.sharded import rules  # noqa: F401  what operators become
+from trainrt.parallel.sharded.collectives import SumShared
+from trainrt.parallel.sharded.owners import Split
+from trainrt.parallel.sharded.tensor import Axis, Sharded
+
+
+def shard_model(model: nn.Module, splits: Mapping[str, Split], mesh: DeviceMesh) -> Axis:
+    """Leave this rank its part of each split parameter and have the model's code run on it.
+
+    `mesh` has one dimension. Tied parameters are split once and stay tied. Returns the axis, which counts what had to be
+    gathered.
+    """
+    axis = Axis(mesh.get_group())
+    _let_functions_run_locally()
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    split_of: dict[int, Split] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((module, leaf))
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if name in splits:
+                split_of[id(parameter)] = splits[name]
+    for identity, split in split_of.items():
+        owners = places[identity]
+        module, leaf = owners[0]
+        stored = _stored(module._parameters[leaf], split, axis, mesh)
+        for module, leaf in owners:
+            module._parameters[leaf] = stored
+            _show(module, leaf, split, axis)
+    model.register_forward_hook(lambda *_: axis.forget(), always_call=True)
+    return axis
+
+
+def _stored(parameter: Any, split: Split, axis: Axis, mesh: DeviceMesh) -> nn.Parameter:
+    """The parameter as a DTensor whose local tensor is this rank's part."""
+    share = axis.take(parameter.detach(), split.dim, split.owners).clone()
+    shape = torch.Size(
+        sum(split.owners.count(rank) for rank in range(axis.ranks)) if d == split.dim else n
+        for d, n in enumerate(parameter.shape)
+    )
+    stride = torch.empty(shape, device="meta").stride()
+    held = DTensor.from_local(share, mesh, [Shard(split.dim)], run_check=False, shape=shape, stride=stride)
+    return nn.Parameter(held, requires_grad=parameter.requires_grad)
+
+
+def _show(module: nn.Module, leaf: str, split: Split, axis: Axis) -> None:
+    def seen(self: nn.Module) -> Tensor:
+        stored = self._parameters[leaf]
+        if isinstance(stored, DTensor) and stored.device_mesh.ndim > 1:
+            # FSDP2 asks for what it keeps between forward passes.
+            return stored
+        local = stored.to_local() if isinstance(stored, DTensor) else stored
+        if not split.owners.disjoint and torch.is_grad_enabled() and local.requires_grad:  # type: ignore[union-attr]
+            local = SumShared.apply(local, split.dim, split.owners, axis.group)
+        return Sharded(local, axis, dim=split.dim, owners=split.owners)  # type: ignore[arg-type]
+
+    cls = type(module)
+    if "_split_leaves" in cls.__dict__:
+        setattr(cls, leaf, property(seen))
+        return
+    module.__class__ = type(cls.__name__, (cls,), {leaf: property(seen), "_split_leaves": True})
+
+
+def full(value: Any) -> Any:
+    """Outputs of a sharded model with every tensor whole and plain."""
+    return tree_map_only(Sharded, lambda tensor: tensor.full(), value)
+
+
+def _let_functions_run_locally() -> None:
+    """A model's own autograd.Function is applied to local parts: it would lose its gradient inside a shell."""
+    original = torch.autograd.Function.__dict__["apply"]
+    if getattr(original, "_of_trainrt", False):
+        return
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        shells = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Sharded)]
+        if not shells:
+            return original.__func__(cls, *args, **kwargs)
+        first = next((shell for shell in shells if shell.along is not None), shells[0])
+        if any((shell.along, shell.owners) != (first.along, first.owners) for shell in shells):
+            raise NotImplementedError(f"{cls.__name__} on tensors that are split differently")
+        args, kwargs = tree_map_only(Sharded, lambda shell: shell.local, (args, kwargs))
+        return tree_map_only(Tensor, lambda made: _like(made, first, cls), original.__func__(cls, *args, **kwargs))
+
+    method = classmethod(apply)
+    method._of_trainrt = True  # type: ignore[attr-defined]
+    torch.autograd.Function.apply = method  # type: ignore[method-assign, assignment]
+
+
+def _like(made: Tensor, first: Sharded, cls: Any) -> Tensor:
+    if made.shape != first.local.shape:
+        raise NotImplementedError(f"{cls.__name__} changes the shape of a split tensor")
+    return Sharded(made, first.axis, dim=first.along, owners=first.owners, partial=first.partial)

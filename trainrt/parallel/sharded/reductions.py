@@ -1,0 +1,172 @@
+"""Sums, norms and softmax: local along whole dimensions, partial sums over the ranks along the split one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainrt.parallel.sharded.collectives import ReduceFromGroup, largest
+from trainrt.parallel.sharded.operands import entered, is_split, part, wrapped
+from trainrt.parallel.sharded.tensor import Axis, Sharded
+
+Args = tuple[Any, ...]
+
+
+def _given(func: Any, args: Args, kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _dims(x: Tensor, given: dict[str, Any]) -> list[int]:
+    dims = given.get("dim")
+    if dims is None or dims == []:
+        return list(range(x.ndim))
+    return [dim % x.ndim for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+def local_reduction(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Anything along whole dimensions that leaves the others as they are."""
+    x = args[0]
+    given = _given(func, args, kwargs)
+    dims = _dims(x, given)
+    if not is_split(x) or x.along in dims or any(is_split(value) for value in args[1:]):
+        return NotImplemented
+    result = func(x.local, *args[1:], **kwargs)
+    several = isinstance(result, tuple | list)
+    made = [
+        wrapped(axis, one, x.along if one.ndim == x.ndim else x.along - sum(d < x.along for d in dims), x.owners)
+        for one in (result if several else [result])
+    ]
+    return tuple(made) if several else made[0]
+
+
+def total(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Sum and mean, over the split dimension too."""
+    x, given = args[0], _given(func, args, kwargs)
+    dims = _dims(x, given)
+    if x.along not in dims:
+        return local_reduction(axis, func, args, kwargs)
+    if not x.owners.disjoint:
+        return NotImplemented
+    dtype = given.get("dtype")
+    made = ReduceFromGroup.apply(x.local.sum(dims, keepdim=bool(given.get("keepdim", False)), dtype=dtype), axis.group)
+    if func.overloadpacket.__name__ == "mean":
+        for dim in dims:
+            made = made / x.shape[dim]
+    return Sharded(made, axis)
+
+
+def _moments(axis: Axis, x: Sharded, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean and mean square deviation over the split dimension, as split computation sees them; dimensions are kept."""
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    mean = axis.enter(ReduceFromGroup.apply(x.local.sum(dims, keepdim=True), axis.group) / count)
+    square = ReduceFromGroup.apply((x.local - mean).square().sum(dims, keepdim=True), axis.group) / count
+    return mean, axis.enter(square)
+
+
+def layer_norm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    x, shape, weight, bias, epsilon = args
+    dims = list(range(x.ndim - len(shape), x.ndim))
+    if not is_split(x) or not x.owners.disjoint:
+        return NotImplemented
+    if x.along not in dims:
+        made = func(
+            x.local, shape, *(None if value is None else entered(axis, value) for value in (weight, bias)), epsilon
+        )
+        return tuple(wrapped(axis, one, x.along, x.owners) for one in made)
+    mean, square = _moments(axis, x, dims)
+    scale = torch.rsqrt(square + epsilon)
+    made = (x.local - mean) * scale
+    for value, grow in ((weight, True), (bias, False)):
+        if value is not None:
+            own = part(axis, value, x.along - dims[0], x.owners)
+            made = made * own if grow else made + own
+    return wrapped(axis, made, x.along, x.owners), Sharded(mean, axis, partial=True), Sharded(scale, axis, partial=True)
+
+
+def rms_norm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    x, shape, weight, epsilon = args
+    dims = list(range(x.ndim - len(shape), x.ndim))
+    if not is_split(x) or not x.owners.disjoint:
+        return NotImplemented
+    if x.along not in dims:
+        made = func(x.local, shape, None if weight is None else entered(axis, weight), epsilon)
+        return tuple(wrapped(axis, one, x.along, x.owners) for one in made)
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    square = axis.enter(ReduceFromGroup.apply(x.local.square().sum(dims, keepdim=True), axis.group) / count)
+    scale = torch.rsqrt(square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon))
+    made = x.local * scale
+    if weight is not None:
+        made = made * part(axis, weight, x.along - dims[0], x.owners)
+    return wrapped(axis, made, x.along, x.owners), Sharded(scale, axis, partial=True)
+
+
+def softmax(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Over the split dimension: the largest and the sum of exponentials are found over the ranks (Megatron-LM, section 3)."""
+    x, dim = args[0], args[1] % args[0].ndim
+    if dim != x.along:
+        return wrapped(axis, func(x.local, *args[1:], **kwargs), x.along, x.owners)
+    if not x.owners.disjoint:
+        return NotImplemented
+    shifted = x.local - largest(x.local.amax(dim, keepdim=True), axis.group)
+    power = shifted.exp()
+    sums = axis.enter(ReduceFromGroup.apply(power.sum(dim, keepdim=True), axis.group))
+    made = shifted - sums.log() if func.overloadpacket.__name__ == "_log_softmax" else power / sums
+    return wrapped(axis, made, dim, x.owners)
+
+
+def logsumexp(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    x, given = args[0], _given(func, args, kwargs)
+    dims = _dims(x, given)
+    if dims != [x.along] or not x.owners.disjoint:
+        return local_reduction(axis, func, args, kwargs)
+    top = largest(x.local.amax(dims, keepdim=True), axis.group)
+    sums = ReduceFromGroup.apply((x.local - top).exp().sum(dims, keepdim=True), axis.group)
+    made = sums.log() + top
+    return Sharded(made if given.get("keepdim", False) else made.squeeze(dims[0]), axis)
+
+
+def scan(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Sorting, choosing and running sums along a whole dimension."""
+    x, given = args[0], _given(func, args, kwargs)
+    if given.get("dim", -1) % x.ndim == x.along:
+        return NotImplemented
+    result = func(x.local, *args[1:], **kwargs)
+    if isinstance(result, Tensor):
+        return wrapped(axis, result, x.along, x.owners)
+    return tuple(wrapped(axis, one, x.along, x.owners) for one in result)
+
+
+RULES = {
+    **dict.fromkeys(("sum", "mean"), total),
+    **dict.fromkeys(
+        (
+            "var",
+            "var_mean",
+            "std",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "argmax",
+            "argmin",
+            "prod",
+            "any",
+            "all",
+            "linalg_vector_norm",
+            "norm",
+        ),
+        local_reduction,
+    ),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), softmax),
+    **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp", "sort", "topk", "cummax", "cummin"), scan),
+    "native_layer_norm": layer_norm,
+    "_fused_rms_norm": rms_norm,
+    "logsumexp": logsumexp,
+}
