@@ -24,7 +24,7 @@ checkpoint_app = typer.Typer(help="Look into checkpoints and prove that they are
 app.add_typer(checkpoint_app, name="checkpoint")
 
 SET = "Override a key, such as run.steps=200. May be given often."
-VERIFY = "Accepted; plans of this version are held by tests, not by a trial run."
+VERIFY = "Compare a small model, split over real ranks, with one process; a plan that is launched always is."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 RunDirectory = Annotated[Path, typer.Argument(help="The run directory.", metavar="RUN_DIR")]
 
@@ -89,7 +89,7 @@ def plan(
     from trainrt.training.planning import load_for_plan, plan_command
 
     job = load_for_plan(source, nodes=nodes, devices_per_node=devices_per_node)
-    made = plan_command(job, mesh=mesh, device=device)
+    made = plan_command(job, mesh=mesh, device=device, verify=verify and explain is None)
     document = made.to_json()
     if explain is not None:
         found = [entry for entry in document["parameters"] if entry["name"] == explain]

@@ -365,10 +365,6 @@ def _not_built(config: JobConfig) -> Iterator[str]:
             yield f"parallel.pp = {parallel.pp}: pipeline parallelism is not built yet; allowed: 1"
         if parallel.cp > 1:
             yield f"parallel.cp = {parallel.cp}: context parallelism is not built yet; allowed: 1"
-        if parallel.tp > 1 and parallel.ep > 1:
-            yield f"parallel.tp = {parallel.tp} with parallel.ep = {parallel.ep} is not built yet; allowed: one of them 1"
-        if parallel.ep > 1 and config.model.kind == "huggingface":
-            yield f"parallel.ep = {parallel.ep} for model.kind = huggingface is not built yet; allowed: 1"
     if config.engine.kind == "deepspeed":
         yield 'engine.kind = "deepspeed" is not built yet; allowed: "native"'
     for key in ("r", "degree", "backward_degree"):
@@ -475,6 +471,10 @@ def _huggingface_problems(config: JobConfig, mesh: MeshSize) -> Iterator[str]:
         yield from _head_problems(
             "", hidden, heads, sizes.get("num_key_value_heads") or heads, mesh.tp, sizes.get("head_dim")
         )
+    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
+        experts = sizes.get(key)
+        if isinstance(experts, int) and experts % mesh.ep:
+            yield _not_divided(key, experts, "parallel.ep", mesh.ep)
     longest = sizes.get("max_position_embeddings")
     if isinstance(longest, int) and config.data.sequence_length > longest:
         yield (
@@ -491,9 +491,9 @@ def _head_problems(
         yield f"{prefix}{names[0]} = {heads} does not divide {prefix}hidden_size = {hidden}; allowed: {_divisors(hidden)}"
     if heads % kv_heads:
         yield f"{prefix}{names[1]} = {kv_heads} does not divide {prefix}{names[0]} = {heads}; allowed: {_divisors(heads)}"
-    for name, count in zip(names, (heads, kv_heads), strict=True):
-        if count % tp:
-            yield _not_divided(f"{prefix}{name}", count, "parallel.tp", tp)
+    # Fewer key-value heads than ranks are held by all of them.
+    if heads % tp:
+        yield _not_divided(f"{prefix}{names[0]}", heads, "parallel.tp", tp)
 
 
 def _not_divided(key: str, value: int, by_key: str, by: int) -> str:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import Shard
 from trainrt.events import ring
 from trainrt.parallel.collectives import all_gather, all_reduce
 from trainrt.parallel.mesh import Groups
-from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.tree import TreeSum, Turn
 
 
@@ -100,9 +99,10 @@ class TreeReduction(_Allocate, ReduceScatter):
 
 
 def apply_fsdp(
-    model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *, compute: torch.dtype, turn: Turn | None
-) -> None:
-    """Shard the experts over efsdp (where they are spread over ep), then each block and the rest over fsdp.
+    model: nn.Module, blocks: nn.ModuleList | None, groups: Groups, *, experts: Sequence[nn.Module],
+    compute: torch.dtype, turn: Turn | None,
+) -> None:  # fmt: skip
+    """Shard the modules of experts that are spread over ep over efsdp, then each block and the rest over fsdp.
 
     Parameters stay in their dtype (the masters, where `compute` is lower); gradients are reduced in it, in the
     order of the leaves where a `turn` says which of them runs.
@@ -110,13 +110,10 @@ def apply_fsdp(
     stored = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(param_dtype=compute if compute != stored else None, reduce_dtype=stored)
     if groups.experts is not None:
-        for module in model.modules():
-            if isinstance(module, Experts):
-                fully_shard(
-                    module, mesh=groups.experts["efsdp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
-                )
-                # Every rank of efsdp * ep took part in the exchange: no replicas are left to reduce over.
-                _configure(module, axis="efsdp", replicas=None, turn=turn, span=groups.size.ep)
+        for module in experts:
+            fully_shard(module, mesh=groups.experts["efsdp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
+            # Every rank of efsdp * ep took part in the exchange: no replicas are left to reduce over.
+            _configure(module, axis="efsdp", replicas=None, turn=turn, span=groups.size.ep)
     for block in blocks or ():
         fully_shard(block, mesh=groups.fsdp, mp_policy=policy)
         _configure(block, axis="fsdp", replicas=groups.dp, turn=turn)

@@ -1,7 +1,7 @@
 """The mesh: its axes, who sits where, and the process groups of one rank.
 
 Axes in the order of ranks: pp, dp, fsdp, cp, tp (tp varies fastest). Experts see the same
-dp * fsdp ranks as efsdp * ep, with ep fastest. This is the one place that chooses device and backend.
+ranks of one stage as efsdp * ep, with ep fastest. This is the one place that chooses device and backend.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def coordinates(size: MeshSize, rank: int) -> dict[str, int]:
     rest = rank
     for axis in ("tp", "cp", "fsdp", "dp", "pp"):
         rest, where[axis] = divmod(rest, getattr(size, axis))
-    data_rank = where["dp"] * size.fsdp + where["fsdp"]
-    where["efsdp"], where["ep"] = divmod(data_rank, size.ep)
+    where["efsdp"], where["ep"] = divmod(rank % (size.dp * size.fsdp * size.cp * size.tp), size.ep)
     return where
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise, product
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from trainrt.config import MeshSize
 from trainrt.parallel.layout import ITEM_BYTES, Box, Fragment, Layout, LogicalTensor, contiguous_strides
 from trainrt.parallel.mesh import axis_size, coordinates
+from trainrt.parallel.moe.form import ExpertsForm
 from trainrt.parallel.sharded.owners import Split, owners_of
 
 ALIGNMENT = 64
@@ -149,7 +151,7 @@ class ParameterPlan:
         """Which of the ranks that hold the same box this one is, and how many they are."""
         where = coordinates(size, rank)
         axes = {cut.axis for cut in self.cuts}
-        replicated = ("tp", "ep", "efsdp") if axes & {"ep", "efsdp"} else ("tp", "fsdp", "dp")
+        replicated = ("ep", "efsdp") if axes & {"ep", "efsdp"} else ("tp", "fsdp", "dp")
         number, count = 0, 1
         for axis in replicated:
             if axis not in axes:
@@ -175,7 +177,7 @@ class ParameterPlan:
     def placements(self, size: MeshSize) -> dict[str, str]:
         """Mesh axis to 'replicate' or 'shard(dim)', as in `plan --json`."""
         cut = {cut.axis: _placement(cut) for cut in self.cuts if axis_size(size, cut.axis) > 1}
-        axes = ("efsdp", "ep", "tp") if {"ep", "efsdp"} & {c.axis for c in self.cuts} else ("dp", "fsdp", "tp")
+        axes = ("efsdp", "ep") if {"ep", "efsdp"} & {c.axis for c in self.cuts} else ("dp", "fsdp", "tp")
         return {axis: cut.get(axis, "replicate") for axis in axes}
 
     def fragments(self, part: Part, mine: Held, rank: int, base: int) -> tuple[Fragment, ...]:
@@ -221,7 +223,9 @@ class Slot:
 class Plan:
     """A mesh and the placement of every parameter, with what was estimated and what was passed over.
 
-    recovery: what is expected of snapshots under failures (checkpoint/policy.py).
+    recovery: what is expected of snapshots under failures (checkpoint/policy.py). experts: modules whose experts are spread
+    over ep, and how they are called (None: they know how). verification: for each axis that needs one, what the comparison
+    with one process found (verify.py).
     """
 
     mesh: MeshSize
@@ -232,6 +236,8 @@ class Plan:
     estimate: dict[str, float] = field(default_factory=dict)
     alternatives: tuple[dict[str, Any], ...] = ()
     recovery: dict[str, float] = field(default_factory=dict)
+    experts: Mapping[str, ExpertsForm | None] = field(default_factory=dict)
+    verification: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ParameterPlan:
         return next(parameter for parameter in self.parameters if parameter.name == name)
@@ -311,6 +317,7 @@ class Plan:
             "estimate": self.estimate,
             "alternatives": list(self.alternatives),
             "recovery": self.recovery,
+            "verification": {axis: dict(verdict) for axis, verdict in self.verification.items()},
         }
 
     def sha256(self) -> str:
@@ -328,6 +335,8 @@ class Plan:
             ("memory per rank", f"{self.memory_bytes_per_rank / 2**20:.0f} MiB, estimated"),
             ("step", f"{self.predicted_step_seconds:.3f} s, predicted"),
         ]
+        rows += [(f"verified, {axis}", _verified(verdict)) for axis, verdict in self.verification.items()]
+        rows += [("not cut", text) for text in self._whole()]
         if self.recovery:
             rows.append(("effective time", self._effective_time()))
         considered = [a for a in self.alternatives if not a["rejected"]]
@@ -340,6 +349,21 @@ class Plan:
             )
         return rows
 
+    def _whole(self) -> Iterator[str]:
+        """The large parameters that tensor parallelism leaves whole, a line for each kind, with the reason."""
+        if self.mesh.tp == 1:
+            return
+        total = sum(math.prod(p.shape) for p in self.parameters)
+        kinds: dict[tuple[str, str], tuple[int, str]] = {}
+        for parameter in self.parameters:
+            if not {cut.axis for cut in parameter.cuts} & {"tp", "ep"} and not parameter.buffer:
+                kind = (re.sub(r"[0-9]+", "*", parameter.name), parameter.rule)
+                elements = kinds.get(kind, (0, ""))[0] + math.prod(parameter.shape)
+                kinds[kind] = (elements, f"{kind[0]}: {parameter.rule}")
+        for elements, text in sorted(kinds.values(), reverse=True):
+            if elements > total / 100:
+                yield f"{text} ({elements / total:.1%} of the model)"
+
     def _effective_time(self) -> str:
         every, hours = self.recovery["every"], self.recovery["node_mtbf_seconds"] / 3600
         seldom = f"{hours:,.0f}" if hours >= 10 else f"{hours:.3g}"
@@ -347,6 +371,14 @@ class Plan:
             int(every), f"with a snapshot every {every} steps"
         )
         return f"{self.recovery['effective_time']:.2%} expected, {often}, if a node fails every {seldom} h"
+
+
+def _verified(verdict: Mapping[str, Any]) -> str:
+    slow = f"; gathered: {', '.join(verdict['gathered'])}" if verdict["gathered"] else ""
+    return (
+        f"{verdict['ranks']} ranks in {verdict['precision']}: loss within {verdict['loss_error']:.0e}, every gradient within "
+        f"{verdict['gradient_error']:.0e}; a rank holds {verdict['held']:.0%} of it{slow}"
+    )
 
 
 def roles_of(parameter: ParameterPlan, roles: Sequence[tuple[str, str | None]]) -> list[tuple[str, str]]:

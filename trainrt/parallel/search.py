@@ -13,11 +13,11 @@ from trainrt.parallel.plan import Plan, mesh_json
 
 
 def meshes(world_size: int) -> Iterator[MeshSize]:
-    """Every mesh of the forms that are built: dp x fsdp x tp, or dp x fsdp with experts over ep."""
+    """Every mesh of the forms that are built: dp x fsdp x tp, with experts over ep of all of them."""
     for tp in _divisors(world_size):
         for dp in _divisors(world_size // tp):
             fsdp = world_size // tp // dp
-            for ep in _divisors(dp * fsdp) if tp == 1 else [1]:
+            for ep in _divisors(world_size):
                 yield MeshSize(pp=1, dp=dp, fsdp=fsdp, cp=1, tp=tp, ep=ep)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trainrt.config import JobConfig
-from trainrt.parallel.planner.probe import Blueprint, hollow, source_of
+from trainrt.parallel.planner.probe import Blueprint, hollow, materialize, shortened, source_of
 from trainrt.training.data import collate
-from trainrt.training.models.build import construct
+from trainrt.training.models.build import construct, huggingface_config
 from trainrt.training.objectives import evaluate_loss
 from trainrt.training.pipeline import Pipeline, loss_function
 
@@ -20,8 +20,12 @@ TOKENS = 16
 """Of a planning run: enough to reach every expert of a small mixture, no more than a tiny model has positions."""
 
 
-def blueprint_of(config: JobConfig, pipeline: Pipeline, model: nn.Module) -> Blueprint:
-    """How to make and run the model of a job; `model` is it, without storage."""
+SCALED_ELEMENTS = 30_000_000
+"""Models with more in the layers that are kept are verified with smaller ones of the same structure, where that can be."""
+
+
+def blueprint_of(config: JobConfig, pipeline: Pipeline, model: nn.Module | None = None) -> Blueprint:
+    """How to make and run the model of a job; `model` is it, without storage, where it is there already."""
     loss = loss_function(config, pipeline)
 
     def make() -> nn.Module:
@@ -29,10 +33,62 @@ def blueprint_of(config: JobConfig, pipeline: Pipeline, model: nn.Module) -> Blu
             return pipeline.model() if pipeline.model is not None else construct(config, initialize=False)
 
     def run(small: nn.Module) -> Tensor:
-        return evaluate_loss(loss, small, small_batch(config, pipeline, small)).total()
+        dtype = next(small.parameters()).dtype
+        batch = {name: _as(value, dtype) for name, value in small_batch(config, pipeline, small).items()}
+        return evaluate_loss(loss, small, batch).total()
 
+    model = model if model is not None else make()
     key = json.dumps([source_of(model), config.model.model_dump(), config.moe.model_dump()], default=str)
     return Blueprint(make, run, key)
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def scaled(config: JobConfig, pipeline: Pipeline) -> Blueprint:
+    """The blueprint to verify with: a large Hugging Face model with its widths divided by a power of two."""
+    blueprint = blueprint_of(config, pipeline)
+    model = blueprint.make()
+    shortened(model)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    if elements <= SCALED_ELEMENTS or pipeline.model is not None or config.model.kind != "huggingface":
+        return blueprint
+    document = huggingface_config(config).to_dict()
+    for factor in (32, 16, 8, 4, 2):
+        smaller = config.model_copy(
+            update={"model": config.model.model_copy(update={"config": _divided(document, factor)})}
+        )
+        try:
+            made = blueprint_of(smaller, pipeline)
+            small = made.make()
+            shortened(small)
+            materialize(small)
+            with torch.no_grad():
+                made.loss(small)
+            return made
+        except Exception:
+            continue
+    return blueprint
+
+
+def _divided(document: Any, factor: int) -> Any:
+    """Widths of a configuration divided; numbers of things (heads, layers, experts, positions, tokens) stay."""
+    if isinstance(document, dict):
+        return {key: value if _counts(key) else _divided(value, factor) for key, value in document.items()}
+    if (
+        isinstance(document, int)
+        and not isinstance(document, bool)
+        and document >= 8 * factor
+        and document % factor == 0
+    ):
+        return document // factor
+    return document
+
+
+def _counts(key: str) -> bool:
+    words = ("num_", "n_head", "n_layer", "position", "token", "window", "top", "group", "version")
+    return any(word in key for word in words)
 
 
 def small_batch(config: JobConfig, pipeline: Pipeline, model: nn.Module) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from trainrt.training.blueprint import blueprint_of
 from trainrt.training.data import Corpus, open_corpus
 from trainrt.training.models.build import build_meta, stored_dtype, weight_files
 from trainrt.training.pipeline import Pipeline, load_pipeline
+from trainrt.training.verification import verified
 
 SNAPSHOT_SECONDS = 2e-3
 COPY_BYTES_PER_SECOND = 1e10
@@ -47,7 +48,7 @@ def preflight(config: JobConfig, *, world_size: int) -> Preflight:
     """Plan the job and check model, weights and corpus against the config. Raises UserErrors only."""
     pipeline = load_pipeline(config)
     model = meta_model(config, pipeline)
-    plan = make_plan(config, world_size=world_size, model=model)
+    plan = verified(config, make_plan(config, world_size=world_size, model=model))
     check_weights(config, plan)
     if pipeline.samples is not None:
         return Preflight(plan, None, None)
@@ -128,20 +129,22 @@ def load_for_plan(source: Path, *, nodes: int | None = None, devices_per_node: i
     return load(source, [f"cluster.{key}={value}" for key, value in sizes if value is not None])
 
 
-def plan_command(config: JobConfig, *, mesh: str | None = None, device: str | None = None) -> Plan:
+def plan_command(config: JobConfig, *, mesh: str | None = None, device: str | None = None, verify: bool = True) -> Plan:
     """The plan of a job without running it. `mesh` is text such as "tp=2,fsdp=2"; `device` a known name."""
     if device is not None and device not in PEAK_FLOPS:
         raise ConfigError(f"--device {device}{nearest(device, PEAK_FLOPS)}; allowed: {', '.join(sorted(PEAK_FLOPS))}")
     size = parse_mesh(mesh) if mesh else None
     world_size = size.world_size if size else config.world_size
-    return make_plan(config, world_size=world_size, device=device, mesh=size)
+    made = make_plan(config, world_size=world_size, device=device, mesh=size)
+    return verified(config, made) if verify else made
 
 
-def plan(config: JobConfig | str | Path, *, mesh: str | None = None, device: str | None = None) -> Plan:
+def plan(
+    config: JobConfig | str | Path, *, mesh: str | None = None, device: str | None = None, verify: bool = True
+) -> Plan:
     """`trainrt.plan`: the plan of a config, or of a path to one. Raises ConfigError and PlanError."""
-    return plan_command(
-        config if isinstance(config, JobConfig) else load_for_plan(Path(config)), mesh=mesh, device=device
-    )
+    job = config if isinstance(config, JobConfig) else load_for_plan(Path(config))
+    return plan_command(job, mesh=mesh, device=device, verify=verify)
 
 
 def parse_mesh(text: str) -> MeshSize:

@@ -1,20 +1,111 @@
-"""Experts spread over ranks: each keeps its run of them, and the layers get the group to exchange rows over."""
+"""Experts spread over ranks: each keeps its run of them, rows travel to the experts they chose and back.
+
+Where tensor-parallel ranks hold the same rows, each sends its share of them and the results are summed.
+
+Legend: N rows, D width, K choices a row, E experts.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
+from trainrt.parallel.moe.exchange import Exchange
 from trainrt.parallel.moe.experts import Experts
+from trainrt.parallel.moe.form import ExpertsForm
 
 
-def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Leave this rank its even run of the experts of every layer, as DTensors over `mesh` (ep)."""
-    for module in model.modules():
-        if isinstance(module, Experts):
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
+def spread_experts(
+    model: nn.Module, modules: Mapping[str, ExpertsForm | None], mesh: DeviceMesh, tp: dist.ProcessGroup | None
+) -> list[nn.Module]:
+    """Leave this rank its run of the experts of every module, as DTensors over `mesh` (ep). Returns the modules."""
+    spread = []
+    for name, form in modules.items():
+        module = model.get_submodule(name)
+        for owner in module.modules():
+            for leaf, parameter in list(owner.named_parameters(recurse=False)):
                 share = parameter.detach().chunk(mesh.size(), 0)[mesh.get_local_rank()].clone()
                 cut = DTensor.from_local(share, mesh, [Shard(0)], run_check=False)
-                setattr(module, leaf, nn.Parameter(cut, requires_grad=parameter.requires_grad))
-            module.ep_group = mesh.get_group()
+                owner._parameters[leaf] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+                if form is not None:
+                    _show_local(owner, leaf)
+        if isinstance(module, Experts):
+            module.ep_group, module.tp_group = mesh.get_group(), tp
+        elif form is not None:
+            _tell_number(module, form.experts, form.experts // mesh.size())
+            module.forward = _exchanged(module, form, mesh.get_group(), tp)  # type: ignore[method-assign]
+        spread.append(module)
+    return spread
+
+
+def _tell_number(module: nn.Module, experts: int, here: int) -> None:
+    """What a module calls its number of experts is the number of those it has here."""
+    for owner in module.modules():
+        for key, value in list(vars(owner).items()):
+            if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value == experts:
+                setattr(owner, key, here)
+
+
+def _show_local(owner: nn.Module, leaf: str) -> None:
+    """The module's code computes with the local tensor."""
+
+    def seen(self: nn.Module) -> Any:
+        stored = self._parameters[leaf]
+        return stored.to_local() if isinstance(stored, DTensor) and stored.device_mesh.ndim == 1 else stored
+
+    cls = type(owner)
+    owner.__class__ = type(cls.__name__, (cls,), {leaf: property(seen)})
+
+
+def _exchanged(
+    module: nn.Module, form: ExpertsForm, ep: dist.ProcessGroup, tp: dist.ProcessGroup | None
+) -> Callable[..., Tensor]:
+    """The module's function of the same arguments, computed where the experts are, one choice of one row at a time."""
+    compute = module.forward
+    signature = inspect.signature(compute)
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        x, index_NK, weight_NK = given[form.rows], given[form.index], given[form.weight]
+        rows_ND = x.reshape(-1, x.shape[-1])
+        if tp is not None:
+            rows_ND, weight_NK = CopyToGroup.apply(rows_ND, tp), CopyToGroup.apply(weight_NK, tp)
+        choice_M, expert_M = _own_choices(index_NK, tp)
+        count_E = torch.bincount(expert_M, minlength=form.experts)
+        exchange = Exchange.plan(count_E, ep)
+        arrived_MD = exchange.there(rows_ND[choice_M // index_NK.shape[1]])
+        here = torch.tensor(exchange.local_counts, device=x.device)
+        local_M = torch.arange(len(here), device=x.device).repeat_interleave(here)
+        ones_M1 = weight_NK.new_ones(len(arrived_MD), 1)
+        # Not every model's code takes no rows at all.
+        results = arrived_MD
+        if len(arrived_MD):
+            results = compute(**{form.rows: arrived_MD, form.index: local_M.unsqueeze(1), form.weight: ones_M1})
+        results = results.reshape(arrived_MD.shape) + _touched(module, arrived_MD)
+        y_MD = exchange.back(results) * weight_NK.reshape(-1)[choice_M].unsqueeze(1)
+        y_ND = torch.zeros_like(rows_ND).index_add(0, choice_M // index_NK.shape[1], y_MD.to(rows_ND.dtype))
+        return (y_ND if tp is None else ReduceFromGroup.apply(y_ND, tp)).view(x.shape)
+
+    return forward
+
+
+def _touched(module: nn.Module, arrived_MD: Tensor) -> Tensor:
+    """Zeros that depend on the rows and the weights: experts that nobody chose take part in backward like the others."""
+    weights = [getattr(owner, leaf) for owner in module.modules() for leaf, _ in owner.named_parameters(recurse=False)]
+    return 0.0 * (arrived_MD + sum(weight.reshape(-1)[0] for weight in weights))
+
+
+def _own_choices(index_NK: Tensor, tp: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Which of the N * K choices this rank sends, sorted by expert, and the expert of each."""
+    expert, order = index_NK.flatten().sort(stable=True)
+    if tp is None:
+        return order, expert
+    return order[tp.rank() :: tp.size()], expert[tp.rank() :: tp.size()]

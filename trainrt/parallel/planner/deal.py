@@ -38,7 +38,9 @@ def deal(
     for one, (name, group) in names.items():
         inside = members[family[members] == one]
         if len(inside) < ranks:
-            raise Conflict(f"{name} falls into {len(inside)} groups of channels that must stay together")
+            raise Conflict(
+                f"{len(inside)} groups of channels that must stay together are fewer than {ranks} ranks ({name})"
+            )
         if len(inside) % ranks and _blocks(group):
             divisors = [n for n in range(1, len(inside) + 1) if len(inside) % n == 0]
             raise Indivisible(f"the {len(inside)} heads of {name}; allowed: {', '.join(map(str, divisors))}")

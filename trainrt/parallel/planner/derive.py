@@ -9,9 +9,9 @@ from torch import nn
 
 from trainrt.config import MeshSize
 from trainrt.parallel.plan import Cut, ParameterPlan, Part, Plan
-from trainrt.parallel.planner.experts import expert_cuts
+from trainrt.parallel.planner.experts import expert_cuts, experts_of
 from trainrt.parallel.planner.probe import Blueprint
-from trainrt.parallel.planner.sharding import Sharding, sharding_of
+from trainrt.parallel.planner.sharding import Sharding, experts_in, sharding_of
 
 
 def derive(
@@ -23,7 +23,8 @@ def derive(
     Raises PlanError where a form is asked for that the model does not have.
     """
     sharding = sharding_of(blueprint, size.tp).spread(model) if size.tp > 1 else Sharding(1)
-    experts = expert_cuts(model, size) if size.ep > 1 else {}
+    modules = experts_of(model, experts_in(blueprint)) if size.ep > 1 else {}
+    experts = expert_cuts(model, size, modules) if size.ep > 1 else {}
     parts = parts or {}
     names: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -50,7 +51,7 @@ def derive(
         planned.append(
             ParameterPlan(name, tuple(buffer.shape), dtype_name(buffer.dtype), (), "buffer", whole, buffer=True)
         )
-    return Plan(size, tuple(planned), aliases)
+    return Plan(size, tuple(planned), aliases, experts=modules)
 
 
 def _dense(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[Cut, ...], str]:

@@ -1,32 +1,113 @@
-"""Expert parallelism: which parameters are experts', and which of them each rank holds."""
+"""Expert parallelism: which modules are experts, found by how they are called, and which of them each rank holds.
+
+Experts are a module that is called with rows (N, D), for each row the numbers of its K experts, and their weights, both
+(N, K), and whose parameters all have the experts along their first dimension: stacked, or flattened with their rows.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from trainrt.config import MeshSize
 from trainrt.errors import PlanError
-from trainrt.parallel.moe.layer import MoeLayer
+from trainrt.parallel.moe.experts import Experts
+from trainrt.parallel.moe.form import ExpertsForm
 from trainrt.parallel.plan import Cut
+from trainrt.parallel.planner.probe import Blueprint, materialize, shortened
 
 RULE = "expert-parallel: each rank holds a run of experts"
 
 
-def expert_cuts(model: nn.Module, size: MeshSize) -> dict[str, tuple[tuple[Cut, ...], str]]:
+def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
+    """The modules of experts of a model, by name with its numbers blanked. Runs the small model once."""
+    model = blueprint.make().eval()
+    shortened(model)
+    materialize(model)
+    found: dict[str, ExpertsForm] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if any(parameter.dim() >= 2 for parameter in module.parameters()):
+
+            def seen(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                form = _form(module, args, kwargs)
+                if form is not None:
+                    found.setdefault(_blank(name), form)
+
+            hooks.append(module.register_forward_pre_hook(seen, with_kwargs=True))
+    with torch.no_grad():
+        blueprint.loss(model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _blank(name: str) -> str:
+    return re.sub(r"[0-9]+", "*", name)
+
+
+def _form(module: nn.Module, args: Any, kwargs: Any) -> ExpertsForm | None:
+    try:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    if len(tensors) != 3 or len(tensors) != len(given):
+        return None
+    (rows, x), (index, chosen), (weight, share) = tensors.items()
+    whole = x.is_floating_point() and share.is_floating_point() and not chosen.is_floating_point()
+    if not whole or chosen.dim() != 2 or chosen.shape != share.shape:
+        return None
+    number = _number_of_experts(module, int(chosen.max()) + 1)
+    return ExpertsForm(number, rows, index, weight) if number else None
+
+
+def _number_of_experts(module: nn.Module, least: int) -> int:
+    """Stacked parameters say it; flattened ones are divided by what the module calls a number of experts."""
+    stacked = {parameter.shape[0] for parameter in module.parameters() if parameter.dim() == 3}
+    named = {value for key, value in vars(module).items() if "expert" in key and isinstance(value, int)}
+    for number in sorted(stacked or named):
+        if number >= max(least, 2) and all(parameter.shape[0] % number == 0 for parameter in module.parameters()):
+            return number
+    return 0
+
+
+def experts_of(model: nn.Module, forms: Mapping[str, ExpertsForm]) -> dict[str, ExpertsForm | None]:
+    """The expert modules of the whole model by name; None for those of `moe_lm`, which know how to be spread."""
+    found: dict[str, ExpertsForm | None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            found[name] = None
+        elif _blank(name) in forms:
+            found[name] = forms[_blank(name)]
+    return found
+
+
+def expert_cuts(
+    model: nn.Module, size: MeshSize, modules: Mapping[str, ExpertsForm | None]
+) -> dict[str, tuple[tuple[Cut, ...], str]]:
     """The cuts and the rule of every expert parameter. Raises PlanError where there are none, or they do not divide."""
     cuts: dict[str, tuple[tuple[Cut, ...], str]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, MoeLayer):
-            continue
-        if module.number_of_experts % size.ep:
-            raise PlanError(f"parallel.ep = {size.ep} does not divide moe.experts = {module.number_of_experts}")
-        for leaf, parameter in module.experts.named_parameters():
-            if parameter.shape[1] % size.efsdp:
+    for name, form in modules.items():
+        module = model.get_submodule(name)
+        number = form.experts if form is not None else next(module.parameters()).shape[0]
+        if number % size.ep:
+            divisors = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+            raise PlanError(
+                f"parallel.ep = {size.ep} does not divide the {number} experts of {name}; allowed: {divisors}"
+            )
+        for leaf, parameter in module.named_parameters():
+            if parameter.dim() < 2 or parameter.shape[1] % size.efsdp:
                 raise PlanError(
                     f"parallel.ep = {size.ep} leaves efsdp = {size.efsdp}, which does not divide dimension 1 "
-                    f"of {name}.experts.{leaf}, {tuple(parameter.shape)}"
+                    f"of {name}.{leaf}, {tuple(parameter.shape)}"
                 )
-            cuts[f"{name}.experts.{leaf}"] = (Cut("ep", 0), Cut("efsdp", 1)), RULE
+            cuts[f"{name}.{leaf}"] = (Cut("ep", 0), Cut("efsdp", 1)), RULE
     if not cuts:
         raise PlanError(f"parallel.ep = {size.ep}: the model has no mixture-of-experts layers; allowed: 1")
     return cuts

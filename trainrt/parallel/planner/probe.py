@@ -11,6 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,12 @@ def hollow() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+@lru_cache(maxsize=1)
 def trace(blueprint: Blueprint) -> Tape:
-    """The tape of the shortened model, or of the whole one where it cannot be shortened. Raises PlanError."""
+    """The tape of the shortened model, or of the whole one where it cannot be shortened. Raises PlanError.
+
+    The last one is kept: a search asks for the plans of many meshes.
+    """
     failure: Exception | None = None
     for shorten in (True, False):
         model = blueprint.make().eval()

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from trainrt.errors import PlanError
+from trainrt.parallel.moe.form import ExpertsForm
 from trainrt.parallel.planner.choose import Chooser, structure
 from trainrt.parallel.planner.deal import Indivisible
+from trainrt.parallel.planner.experts import find_experts
 from trainrt.parallel.planner.probe import Blueprint, trace
 from trainrt.parallel.sharded.owners import Runs, Split, owners_of
 
@@ -99,18 +101,34 @@ def _own_source() -> str:
     """A digest of the planner and of sharded execution: what they decide is theirs only."""
     room = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for file in sorted((*room.glob("planner/*.py"), *room.glob("sharded/*.py"))):
+    for file in sorted((*room.glob("planner/*.py"), *room.glob("sharded/*.py"), *room.glob("moe/*.py"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def key_of(what: str, blueprint: Blueprint) -> str:
+    """The cache's key of something that this planner says of a structure."""
+    return f"{_own_source()} {what} {blueprint.key}"
 
 
 def sharding_of(blueprint: Blueprint, ranks: int, *, cache: Cache | None = None) -> Sharding:
     """The cuts of the small model, from the cache where its structure is known. Raises PlanError."""
     cache = cache or Cache()
-    key = f"{_own_source()} {ranks} {blueprint.key}"
+    key = key_of(f"tp {ranks}", blueprint)
     known = cache.read(key)
     if known is not None:
         return Sharding.from_json(known)
     found = find_sharding(blueprint, ranks)
     cache.write(key, found.to_json())
     return found
+
+
+def experts_in(blueprint: Blueprint, *, cache: Cache | None = None) -> dict[str, ExpertsForm]:
+    """How the modules of experts are called, by name with its numbers blanked; from the cache where it is known."""
+    cache = cache or Cache()
+    key = key_of("experts", blueprint)
+    known = cache.read(key)
+    if known is None:
+        known = {name: asdict(form) for name, form in find_experts(blueprint).items()}
+        cache.write(key, known)
+    return {name: ExpertsForm(**form) for name, form in known.items()}

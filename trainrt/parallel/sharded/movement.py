@@ -203,12 +203,14 @@ def gather(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 
 
 def index_add(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
-    x, dim, where, source = args[0], args[1] % args[0].ndim, args[2], args[3]
+    x: Any = args[0]
+    dim, where, source = args[1] % x.ndim, args[2], args[3]
     name = func.overloadpacket.__name__
-    if not is_split(x) or x.along == dim or common([(x, x.along), (source, x.along)]) is not x.owners:
+    owners = common([(x, x.along), (source, x.along)]) if is_split(x) else None
+    if owners is None or x.along == dim or owners is not x.owners:
         return NotImplemented
-    result = func(x.local, dim, where, part(axis, source, x.along, x.owners), *args[4:], **kwargs)
-    return x if name.endswith("_") else wrapped(axis, result, x.along, x.owners)
+    result = func(x.local, dim, where, part(axis, source, x.along, owners), *args[4:], **kwargs)
+    return x if name.endswith("_") else wrapped(axis, result, x.along, owners)
 
 
 def pad(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:

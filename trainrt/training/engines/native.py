@@ -45,12 +45,11 @@ def parallelize(model: nn.Module, plan: Plan, groups: Groups, *, config: JobConf
     blocks = find_blocks(model)
     if groups.size.tp > 1:
         shard_model(model, plan.splits(), groups.dense["tp"])
-    if groups.experts is not None:
-        spread_experts(model, groups.experts["ep"])
+    spread = spread_experts(model, plan.experts, groups.experts["ep"], groups.tp) if groups.experts is not None else []
     if config.model.activation_checkpointing:
         for block in blocks or ():
             checkpoint(block)
-    apply_fsdp(model, blocks, groups, compute=compute_dtype(config), turn=turn)
+    apply_fsdp(model, blocks, groups, experts=spread, compute=compute_dtype(config), turn=turn)
     return model
 
 

@@ -113,6 +113,9 @@ def construct(config: JobConfig, *, initialize: bool = True) -> nn.Module:
     with contextlib.nullcontext() if initialize else no_init_weights():
         try:
             document = huggingface_config(config)
+            if config.model.dtype == "float64":
+                # Grouped matrix products have no kernel for doubles.
+                document._experts_implementation = "eager"
             return transformers.AutoModelForCausalLM.from_config(document, dtype=stored_dtype(config))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(

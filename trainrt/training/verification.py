@@ -1,0 +1,110 @@
+"""The verification of a job's plan, before it is launched: real ranks on this machine, once for a structure.
+
+The ranks are processes of this module (`python -m trainrt.training.verification`), so that the driver stays free of
+process groups.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from trainrt.config import JobConfig
+from trainrt.errors import PlanError
+from trainrt.parallel.plan import Plan
+from trainrt.parallel.planner.sharding import Cache, experts_in, key_of, sharding_of
+from trainrt.parallel.verify import Verdict, compare_experts, compare_split
+from trainrt.training.blueprint import blueprint_of, scaled
+from trainrt.training.pipeline import load_pipeline
+
+RANKS = 4
+"""Processes at most; a plan for more ranks is verified for two."""
+
+SECONDS = 300
+
+
+def verified(config: JobConfig, plan: Plan, *, cache: Cache | None = None) -> Plan:
+    """The plan with the verdicts on its forms that need one (tp, ep). Raises PlanError where one is not right."""
+    cache = cache or Cache()
+    blueprint = blueprint_of(config, load_pipeline(config))
+    verdicts: dict[str, dict[str, Any]] = {}
+    for axis in ("tp", "ep"):
+        size = getattr(plan.mesh, axis)
+        if size == 1:
+            continue
+        ranks = size if size <= RANKS else 2
+        key = key_of(f"verified {axis} {ranks}", blueprint)
+        known = cache.read(key)
+        if known is None:
+            known = _run(config, axis, ranks)
+        Verdict(**known).require(f"parallel.{axis} = {size}")
+        cache.write(key, known)
+        verdicts[axis] = known
+    return replace(plan, verification=verdicts)
+
+
+def _run(config: JobConfig, axis: str, ranks: int) -> dict[str, Any]:
+    """Start the ranks and return what the first one says. Raises PlanError where they do not end well."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job.json"
+        job.write_text(config.model_dump_json())
+        arguments = [sys.executable, "-m", "trainrt.training.verification", folder, axis, str(ranks)]
+        processes = [
+            subprocess.Popen(
+                [*arguments, str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+            )
+            for rank in range(ranks)
+        ]
+        errors = []
+        try:
+            for process in processes:
+                errors.append(process.communicate(timeout=SECONDS)[1].decode())
+        except subprocess.TimeoutExpired as error:
+            raise PlanError(f"parallel.{axis}: the plan could not be verified within {SECONDS} s") from error
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        verdict = Path(folder) / "verdict.json"
+        if not verdict.exists():
+            lines = [line for text in errors for line in text.strip().splitlines()[-1:]]
+            raise PlanError(f"parallel.{axis}: the plan could not be verified: {lines[0] if lines else 'no word'}")
+        found: dict[str, Any] = json.loads(verdict.read_text())
+        return found
+
+
+def main(folder: str, axis: str, ranks: int, rank: int) -> None:
+    """One rank of a verification."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timedelta(seconds=SECONDS)
+    )
+    mesh = init_device_mesh("cpu", (ranks,))
+    config = JobConfig.model_validate_json((Path(folder) / "job.json").read_text())
+    blueprint = scaled(config, load_pipeline(config))
+    if axis == "tp":
+        verdict = compare_split(blueprint, sharding_of(blueprint, ranks), mesh)
+    else:
+        verdict = compare_experts(blueprint, experts_in(blueprint), mesh)
+    if rank == 0:
+        partial = Path(folder) / "verdict.partial"
+        partial.write_text(json.dumps(asdict(verdict)))
+        partial.rename(Path(folder) / "verdict.json")
+    dist.barrier()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
