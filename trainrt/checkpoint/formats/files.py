@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +35,7 @@ class FileSource:
             path = Path(fragment.storage)
             known = self._records.get(fragment.storage)
             if known is None:
-                known = torch_file.records(path) if zipfile.is_zipfile(path) else None
+                known = torch_file.records(path) if torch_file.is_archive(path) else None
             self._maps[fragment.storage] = MappedFile(path, known)
         held = self._maps[fragment.storage]
         extent = sum((n - 1) * s for n, s in zip(fragment.box.length, fragment.strides, strict=True))

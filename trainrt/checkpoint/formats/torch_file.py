@@ -45,7 +45,7 @@ def load(path: Path, *, stand_ins: Sequence[str] = (), part: tuple[int, int] | N
     """
     if not no_link(path).is_file():
         raise CheckpointError(f"{path}: is missing")
-    if part is None and not zipfile.is_zipfile(path):
+    if part is None and not is_archive(path):
         raise CheckpointError(f"{path}: no zip file as torch.save writes them (files of torch before 1.6 are not read)")
     globals_: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in stand_ins]
     try:
@@ -57,6 +57,15 @@ def load(path: Path, *, stand_ins: Sequence[str] = (), part: tuple[int, int] | N
     except Exception as error:
         said = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(f"{path}: refused: {said or type(error).__name__}: {_first_line(error)}") from error
+
+
+def is_archive(path: Path) -> bool:
+    """Whether it is a zip file, as torch.save writes them."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        # It ends as one does, and says something that none may.
+        return False
 
 
 def _check(file: IO[bytes]) -> None:
