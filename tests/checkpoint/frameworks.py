@@ -46,7 +46,8 @@ def llama(*, dtype: str = "float32", architecture: str = "Llama", **changes: Any
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{architecture}Config")(**{**LLAMA, **changes})
-    return getattr(transformers, f"{architecture}ForCausalLM")(config).to(getattr(torch, dtype))
+    config.architectures = [f"{architecture}ForCausalLM"]
+    return getattr(transformers, config.architectures[0])(config).to(getattr(torch, dtype))
 
 
 def batch(rank: int) -> Any:
@@ -66,6 +67,19 @@ def save(rank: int, folder: Path, expected: dict[str, np.ndarray], losses: list[
     dist.barrier()
 
 
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
+
+
+def _optimizer(kind: str, parameters: Any) -> Any:
+    import torch
+
+    from tests.checkpoint.optimizers import Lion
+
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
+    return Lion(parameters) if kind == "lion" else torch.optim.AdamW(parameters, lr=1e-3)
+
+
 def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
     """Three steps of a tiny Llama under ZeRO, saved; the state as DeepSpeed's own accessors show it, and three more losses.
 
@@ -81,6 +95,9 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     torch.set_num_threads(1)
+    if options.get("float16_allowed"):
+        # DeepSpeed takes a CPU without instructions for float16 for one that cannot do it; torch computes it all the same.
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     model = llama(**options.get("model", {}))
     for name in options.get("frozen", ()):
         model.get_parameter(name).requires_grad_(False)
@@ -96,9 +113,11 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
         "zero_optimization": {
             "stage": stage, "sub_group_size": options.get("sub_group_size", 1e9), "stage3_param_persistence_threshold": 0,
         },
-        "bf16": {"enabled": dtype == "bfloat16"}, "checkpoint": {"load_universal": options.get("universal", False)},
+        "bf16": {"enabled": dtype == "bfloat16"}, "fp16": {"enabled": dtype == "float16", "initial_scale_power": 12},
+        "checkpoint": {"load_universal": options.get("universal", False)},
     }  # fmt: skip
-    optimizer = torch.optim.AdamW(groups or [p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    trained = groups or [p for p in model.parameters() if p.requires_grad]
+    optimizer = _optimizer(options.get("optimizer", "adamw"), trained)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=True)
 
     def steps(count: int) -> list[float]:
@@ -121,7 +140,7 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
         if parameter.requires_grad:
             expected[f"master/{name}"] = safe_get_full_fp32_param(parameter)
             # DeepSpeed 0.19 does not find the moments of more than one group (stages 1 and 2).
-            for role in ("exp_avg", "exp_avg_sq") if groups is None or stage == 3 else ():
+            for role in MOMENTS[options.get("optimizer", "adamw")] if groups is None or stage == 3 else ():
                 expected[f"{role}/{name}"] = safe_get_full_optimizer_state(parameter, role)
     save(rank, folder, {key: value.detach().float().numpy() for key, value in expected.items()}, steps(3))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,9 +35,10 @@ def written(
 ) -> tuple[list[tuple[StoredArray, np.ndarray]], dict[str, np.ndarray]]:
     """The arrays of a mesh, filled from the logical tensors."""
     local, layers = variables.pop("local", lambda _: {}), variables.pop("layers", None)
+    experts = variables.pop("experts", None)
     tensors, values = logical(shapes)
     made, placed = compile_writing(
-        rules, tensors, role="parameter", axes=axes, variables=variables, local=local, layers=layers
+        rules, tensors, role="parameter", axes=axes, variables=variables, local=local, layers=layers, experts=experts
     )
     assert placed == set(tensors)
     arrays = []
@@ -154,6 +157,85 @@ def test_pieces_are_as_torch_and_as_an_even_remainder_cut_them() -> None:
     assert split_lengths(5, 4, "chunk") == [2, 2, 1, 0]
 
 
+@pytest.mark.parametrize(("split", "rows"), [("chunk", [3, 3, 3, 1]), ("even", [3, 3, 2, 2])])
+def test_what_does_not_divide_is_cut_as_the_framework_cuts_it_and_comes_back(split: str, rows: list[int]) -> None:
+    rules = [
+        Rule("w", f'shard("w", axis="tp", split="{split}")'),
+        Rule("turned", f'transpose(shard("v", axis="tp", dim=1, split="{split}"))'),
+        Rule("both", f'concat(shard("g", axis="tp", split="{split}"), shard("u", axis="tp", split="{split}"))'),
+    ]
+    shapes = {"w": (10, 3), "v": (2, 10), "g": (10, 2), "u": (10, 2)}
+    arrays, values = written(rules, shapes, {"tp": 4})
+    assert [array.shape[0] for array, _ in arrays if array.name == "w"] == rows
+    if split == "chunk":
+        theirs = torch.from_numpy(values["w"]).chunk(4)
+        assert all(np.array_equal(d, t) for (a, d), t in zip(arrays[::3], theirs, strict=True) if a.name == "w")
+    found, _ = read_back(rules, arrays)
+    same(found, values)
+
+
+EXPERTS = {
+    "stacked, spread": [Rule("l.{l}.w", 'shard(stack("m.{l}.x.{e}.w", over="e"), axis="ep", split="SPLIT")')],
+    "separate, numbered anew": [Rule("l.{l}.{e}.w", '"m.{l}.x.{e + first_expert}.w"')],
+    "separate, global numbers": [Rule("l.{l}.{e}.w", '"m.{l}.x.{e}.w"')],
+    "separate, cut by tp": [Rule("l.{l}.{e}.w", 'shard("m.{l}.x.{e + first_expert}.w", axis="tp", dim=1)')],
+}
+
+
+@pytest.mark.parametrize(("split", "counts"), [("chunk", [3, 3, 1]), ("even", [3, 2, 2])])
+@pytest.mark.parametrize("form", EXPERTS)
+def test_experts_that_do_not_divide_over_ranks(form: str, split: str, counts: list[int]) -> None:
+    rules = [Rule(rule.stored, rule.holds.replace("SPLIT", split)) for rule in EXPERTS[form]]
+    shapes = {f"m.{layer}.x.{e}.w": (2, 5) for layer in range(2) for e in range(7)}
+    first = [0, *itertools.accumulate(counts)]
+    local = lambda at: {"first_expert": first[at["ep"]]}  # noqa: E731
+    arrays, values = written(
+        rules, shapes, {"ep": 3, "tp": 2}, local=local,
+        experts=lambda at: range(first[at["ep"]], first[at["ep"] + 1]),
+    )  # fmt: skip
+    held = [sum(d.size for a, d in arrays if (a.at["ep"], a.at["tp"]) == (ep, 0)) for ep in range(3)]
+    assert held == [n * 2 * (2 * 3 if "tp" in form else 10) for n in counts]
+    found, unknown = read_back(rules, arrays, local=local)
+    assert unknown == []
+    same(found, values)
+
+
+def test_virtual_stages_with_global_names_hold_what_is_not_next_to_each_other() -> None:
+    """Interleaved and uneven: rank 0 has layers 0, 1, 4, 5, rank 1 has 2, 3, 6."""
+    rules = [Rule("e", '"e"', on={"pp": 0}), Rule("layers.{l}.w", 'shard("m.{l}.w", axis="tp", split="even")')]
+    shapes = {"e": (2,)} | {f"m.{layer}.w": (5, 2) for layer in range(7)}
+    stages = [{0, 1, 4, 5}, {2, 3, 6}]
+    arrays, values = written(rules, shapes, {"pp": 2, "tp": 2}, layers=lambda at: stages[at["pp"]])
+    names = {array.name for array, _ in arrays if array.at == {"pp": 0, "tp": 1}}
+    assert names == {"e", *(f"layers.{layer}.w" for layer in stages[0])}
+    found, _ = read_back(rules, arrays)
+    same(found, values)
+
+
+def test_a_rule_for_a_role_goes_before_those_for_any() -> None:
+    """Factored moments are shaped, and cut, otherwise than their parameter; a frozen one has none."""
+    rules = [
+        Rule("{l}.w", 'shard("m.{l}.w", axis="tp")'),
+        Rule("{l}.w", '"m.{l}.w"', role="col_var"),
+        Rule("0.b", '"b"'),
+    ]
+    shapes = {("0.w", "parameter"): (3, 4), ("0.w", "row_var"): (3, 1), ("0.w", "col_var"): (1, 4)}
+    arrays = [
+        StoredArray(name, role, "float32", shape, f"{role}{rank}", at={"tp": rank})
+        for (name, role), shape in shapes.items() for rank in range(2)
+    ]  # fmt: skip
+    arrays.append(StoredArray("0.b", "parameter", "float32", (2,), "b", at={"tp": 0}))
+    layout, unknown, _ = compile_reading(rules, arrays, variables={})
+    assert unknown == []
+    assert {key: tensor.shape for key, tensor in layout.tensors.items()} == {
+        ("m.0.w", "parameter"): (6, 4), ("m.0.w", "row_var"): (6, 1), ("m.0.w", "col_var"): (1, 4), ("b", "parameter"): (2,),
+    }  # fmt: skip
+    assert len(layout.fragments["m.0.w", "col_var"]) == 2
+    flat = StoredArray("0.w", "parameter", "float32", (4,), "w", at={"tp": 0})
+    with pytest.raises(LayoutError, match=r"0\.w: of shape \(4,\), too few dimensions for shard"):
+        compile_reading([Rule("{l}.w", 'shard("m.{l}.w", dim=1, axis="tp")')], [flat], variables={})
+
+
 def test_what_no_rule_knows_is_said_and_contradictions_are_named() -> None:
     rules = [Rule("w", '"w"')]
     arrays = [
@@ -182,6 +264,9 @@ def test_what_no_rule_knows_is_said_and_contradictions_are_named() -> None:
         ('concat("w", "v"', "was never closed"),
         ('"w.{open(1)}"', "is no number"),
         ('pad("w", length=2 ** 9)', "is no number"),
+        ('pad("w", length=heads // 0)', "divides by zero"),
+        ('interleave("w", "v", groups=0)', "interleave: groups = 0: at least 1"),
+        ('concat("w", "v", sizes=(1, -1))', "numbers of at least 0"),
     ],
 )
 def test_wrong_text_is_refused_with_what_is_wrong(text: str, message: str) -> None:

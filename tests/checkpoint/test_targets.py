@@ -29,6 +29,8 @@ ZERO_1 = {"stage": 1, "world": 2, "groups": True}
 ZERO_2 = {"stage": 2, "world": 3, "dtype": "bfloat16", "groups": True}
 ZERO_3 = {"stage": 3, "world": 2, "dtype": "bfloat16"}
 FSDP_TP = {"world": 4, "tp": 2}
+FLOAT16 = {"dtype": "float16", "float16_allowed": True}
+FROZEN = {"frozen": ["model.embed_tokens.weight"]}
 MIXTRAL = {"architecture": "Mixtral", "num_local_experts": 4}
 """Its experts are one by one in files, and stacked in memory."""
 CASES: dict[str, tuple[str, dict[str, Any], str, Shape, dict[str, Any]]] = {
@@ -42,6 +44,16 @@ CASES: dict[str, tuple[str, dict[str, Any], str, Shape, dict[str, Any]]] = {
     "zero 1, packed experts": (
         "deepspeed", {"stage": 1, "world": 2, "model": MIXTRAL}, "deepspeed", Shape(world=2), {},
     ),
+    "zero 1, frozen": ("deepspeed", {"stage": 1, "world": 2, **FROZEN}, "deepspeed", Shape(world=2), {}),
+    "zero 3, frozen": ("deepspeed", {**ZERO_3, **FROZEN}, "deepspeed", Shape(world=2, zero_stage=3), {}),
+    "zero 1, float16": ("deepspeed", {"stage": 1, "world": 2, **FLOAT16}, "deepspeed", Shape(world=2), {}),
+    "zero 3, float16": (
+        "deepspeed", {"stage": 3, "world": 2, **FLOAT16}, "deepspeed", Shape(world=2, zero_stage=3), {},
+    ),
+    "zero 2, lion": (
+        "deepspeed", {"stage": 2, "world": 2, "optimizer": "lion"}, "deepspeed", Shape(world=2, zero_stage=2), {},
+    ),
+    "zero 3, sgd": ("deepspeed", {**ZERO_3, "optimizer": "sgd"}, "deepspeed", Shape(world=2, zero_stage=3), {}),
     "dcp": ("dcp", FSDP_TP, "dcp", Shape(), {}),
     "dcp, tied": ("dcp", {"world": 2, "model": {"tie_word_embeddings": True}}, "dcp", Shape(), {}),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from tests.jobs import job
 from tests.reference import validate
 from tests.state import Trained
 from trainrt.checkpoint.inspect import inspect, verify
+from trainrt.checkpoint.manifest import Chunk, file_digest
 from trainrt.checkpoint.source import MemorySource, digest
 from trainrt.checkpoint.universal import Universal, WritePlan, complete, finish, newest, prepare, prune, write_part
 from trainrt.errors import CheckpointError
@@ -149,6 +150,77 @@ def test_hostile_manifests_are_refused(tmp_path: Path, old: str, new: str, messa
     path = save(tmp_path, small_state())
     recommit(path, (path / "manifest.json").read_text().replace(old, new, 1))
     with pytest.raises(CheckpointError, match=message):
+        Universal.open(path)
+
+
+def tensor_of(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(entry for entry in document["tensors"] if entry["name"] == name)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.pop("files"), "manifest.json: files: Field required"),
+        (lambda d: d.update(more=1), "manifest.json: more: Extra inputs"),
+        (lambda d: d.update(step="7"), "manifest.json: step: Input should be a valid integer"),
+        (lambda d: tensor_of(d, "c").update(dtype="float13"), "dtype 'float13'; allowed: float64"),
+        (lambda d: tensor_of(d, "c").update(role="../x"), "role: String should match pattern"),
+        (lambda d: tensor_of(d, "c").update(shape=[-6]), "shape.0: Input should be greater than or equal to 0"),
+        (lambda d: tensor_of(d, "c").update(shape=[7]), r"c \(exp_avg\): its chunks are not the 28 bytes of its shape"),
+        (lambda d: tensor_of(d, "c").update(file="model/config.json"), "is in model/config.json, which is no file of tensors"),
+        (lambda d: tensor_of(d, "c").update(file="elsewhere"), "is in elsewhere, which is no file of tensors"),
+        (lambda d: tensor_of(d, "c")["chunks"][0].update(stored=4), "a chunk that is not compressed is stored in another length"),
+        (lambda d: tensor_of(d, "c")["chunks"][0].update(offset=-1), "chunks.0.offset: Input should be greater"),
+        (lambda d: d["tensors"].append(tensor_of(d, "c")), r"c \(exp_avg\) stands in it twice"),
+        (lambda d: tensor_of(d, "e").update(alias_of="none", file=None, chunks=[]), "e is tied to none, which is not in it"),
+        (lambda d: tensor_of(d, "a.weight").update(chunks=tensor_of(d, "a.weight")["chunks"] * 2), "its chunks are not the 80"),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_form_is_refused(tmp_path: Path, edit: Any, message: str) -> None:
+    path = save(tmp_path, small_state())
+    document = json.loads((path / "manifest.json").read_text())
+    edit(document)
+    recommit(path, json.dumps(document))
+    with pytest.raises(CheckpointError, match=message):
+        Universal.open(path)
+    assert not verify(path)["ok"]
+
+
+@pytest.mark.parametrize("kind", ["exchanged", "extra", "no object"])
+def test_a_header_that_says_otherwise_than_the_manifest_is_refused(kind: str, tmp_path: Path) -> None:
+    """transformers goes by the header, we by the manifest: both must lead to the same bytes."""
+    layout, storages = Layout(), {(0, "s"): np.arange(16, dtype=np.uint8)}
+    for number, name in enumerate(("v", "w")):
+        layout.add(
+            LogicalTensor(name, "parameter", "float32", (2,)), Fragment(0, Box((0,), (2,)), "s", (1,), 2 * number)
+        )
+    path = save(tmp_path, MemorySource(layout, storages))
+    document = json.loads((path / "manifest.json").read_text())
+    name, facts = next((name, facts) for name, facts in document["files"].items() if facts["header_bytes"])
+    data = (path / name).read_bytes()
+    header = json.loads(data[8 : facts["header_bytes"]])
+    if kind == "exchanged":
+        header["v"], header["w"] = header["w"], header["v"]
+    else:
+        header["__metadata__"], header["x"] = {}, header.pop("v") if kind == "extra" else header["v"]
+    text = json.dumps(header if kind != "no object" else [], separators=(",", ":")).encode()
+    changed = data[:8] + text.ljust(facts["header_bytes"] - 8) + data[facts["header_bytes"] :]
+    (path / name).write_bytes(changed)
+    chunks = [Chunk(**chunk) for entry in document["tensors"] for chunk in entry["chunks"]]
+    document["files"][name]["xxh3"] = file_digest(changed[: facts["header_bytes"]], chunks)
+    recommit(path, json.dumps(document))
+    message = "is no JSON object" if kind == "no object" else "the file's header and the manifest disagree"
+    with pytest.raises(CheckpointError, match=message):
+        Universal.open(path)
+    assert verify(path)["problems"][0]["kind"] == "header"
+
+
+@pytest.mark.parametrize("name", ["COMMIT", "manifest.json", "model"])
+def test_what_is_behind_a_link_is_refused(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path, small_state())
+    shutil.move(path / name, tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{name}: is a symbolic link|{name}.* is not in the manifest"):
         Universal.open(path)
 
 

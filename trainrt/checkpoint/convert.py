@@ -25,6 +25,7 @@ from trainrt.checkpoint.formats import open_any
 from trainrt.checkpoint.formats.opened import Opened, release
 from trainrt.checkpoint.jobs import run_jobs
 from trainrt.checkpoint.journal import Journal, Noted
+from trainrt.checkpoint.manifest import json_object
 from trainrt.checkpoint.mapping.description import Description
 from trainrt.checkpoint.reader import read_range
 from trainrt.checkpoint.replicas import Replicas
@@ -57,16 +58,19 @@ class Conversion:
     def bytes(self) -> int:
         return sum(unit.length for unit in self.target.units)
 
-    def fingerprint(self) -> str:
-        """Of the plan, the source's files and how they are read: another one is another conversion."""
-        files = [
+    def source_files(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of the source's files: whether it is still what it was."""
+        return [
             (str(path.relative_to(self.opened.path)), path.stat().st_size, path.stat().st_mtime_ns)
             for path in sorted(self.opened.path.rglob("*"))
             if path.is_file()
         ]
+
+    def fingerprint(self) -> str:
+        """Of the plan, the source's files and how they are read: another one is another conversion."""
         units = [(unit.file, unit.offset, unit.length) for unit in self.target.units]
-        layout = self.opened.source.layout.to_json()
-        return hashlib.sha256(json.dumps([self.format, files, layout, units]).encode()).hexdigest()
+        plan = [self.format, self.source_files(), self.opened.source.layout.to_json(), units]
+        return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
 def convert(
@@ -109,13 +113,14 @@ def plan_conversion(
     model_config: str | Path | None = None,
 ) -> Conversion:  # fmt: skip
     """Open the source and plan the target's files."""
+    _check_apart(source, path)
     config = None
     if model_config is not None:
         file = Path(model_config) / "config.json" if Path(model_config).is_dir() else Path(model_config)
         try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--model-config {model_config}: {error}") from error
+            config = json_object(file.read_bytes(), f"--model-config {file}")
+        except OSError as error:
+            raise ConfigError(f"--model-config {file}: {error.strerror}") from error
     described = Description.load(Path(mapping)) if mapping is not None else None
     opened = open_any(source, model_config=config, mapping=described)
     if not opened.source.layout.tensors:
@@ -123,6 +128,13 @@ def plan_conversion(
     lost = [f"{name}: not understood" for name in opened.unknown]
     opened, target, unplaced = make_target(opened, to, shape)
     return Conversion(opened, path.absolute(), to, target, (*lost, *unplaced))
+
+
+def _check_apart(source: Path, path: Path) -> None:
+    """What is written must not become a part of what is read. Raises ConfigError."""
+    here, there = source.resolve(), path.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ConfigError(f"DST {path}: and SRC {source}: one is inside of the other; give a target beside the source")
 
 
 def jobs_for(memory_bytes: int, asked: int | None) -> int:
@@ -143,9 +155,14 @@ def _carry_out(
     if restart:
         shutil.rmtree(work.work, ignore_errors=True)
     target, journal = work.target, Journal(work.work / "journal.jsonl", work.fingerprint())
+    source = work.source_files()
     done = journal.begin()
     if not target.folder(work.work).exists() or not done:
-        target.prepare(work.work)
+        try:
+            target.prepare(work.work)
+        except CheckpointError:
+            shutil.rmtree(work.work, ignore_errors=True)
+            raise
         done = journal.restart()
     folder = target.folder(work.work)
     left = [unit for unit in target.units if not _is_written(unit, target, folder, done)]
@@ -156,6 +173,8 @@ def _carry_out(
         [partial_of(_write_units, share, work, replicas, journal, folder) for share in shares if share],
         poll=lambda: progress(len(journal.read()), total),
     )
+    if work.source_files() != source:
+        raise CheckpointError(f"{work.opened.path}: has changed while it was read; --restart begins anew")
     made = target.finish(work.work, {key: facts["output"] for key, facts in journal.read().items()})
     _publish(work, made)
     progress(total, total)
@@ -197,7 +216,11 @@ def _is_written(unit: Unit, target: Target, folder: Path, done: Noted) -> bool:
 
 def compare(work: Conversion, replicas: Replicas) -> None:
     """Whether a target that is there is what this conversion would make. Raises ConfigError where it is not."""
-    problem = work.target.problem(work.path)
+    otherwise = "give another target, or remove it"
+    try:
+        problem = work.target.problem(work.path)
+    except CheckpointError as error:
+        raise ConfigError(f"{work.path}: is there already, and is no checkpoint; {otherwise}") from error
     if problem is not None:
         raise ConfigError(f"{work.path}: is there already, and damaged: {problem}")
     for unit in work.target.units:
@@ -210,5 +233,5 @@ def compare(work: Conversion, replicas: Replicas) -> None:
         if not same:
             raise ConfigError(
                 f"{work.path}: is there already, and is not what this conversion makes ({unit.name}, {unit.role}); "
-                "give another target, or remove it"
+                f"{otherwise}"
             )

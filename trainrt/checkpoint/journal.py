@@ -23,7 +23,12 @@ class Journal:
         if not self._path.exists():
             return {}
         head, *_ = [*self._path.read_text().splitlines(), ""]
-        if head and json.loads(head)["fingerprint"] != self._fingerprint:
+        try:
+            known = json.loads(head)["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            # Its writer was killed within the first line: nothing is noted yet.
+            return {}
+        if known != self._fingerprint:
             raise ConfigError(
                 f"{self._path.parent}: a conversion was begun there from another source or to other files "
                 "(the source has changed since?); --restart starts anew"

@@ -16,7 +16,7 @@ import torch
 
 from trainrt.checkpoint.formats.opened import Opened, release
 from trainrt.checkpoint.source import Source
-from trainrt.errors import CheckpointError, TrainrtError
+from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Box, Fragment, Layout, LogicalTensor
 from trainrt.parallel.packing import packed_parts
 from trainrt.parallel.plan import Part
@@ -32,20 +32,28 @@ class LiveModel:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LiveModel | None:
-        """By a model's config.json; None where transformers does not know it."""
-        if not config.get("architectures"):
+        """By a model's config.json; None where transformers does not know it.
+
+        A config that does not name its class is that of a causal language model. Raises CheckpointError for one that is none.
+        """
+        if not config.get("architectures") and not config.get("model_type"):
             return None
         # Takes a second: only where there is a model to look for.
         import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        factory = getattr(transformers, config["architectures"][0], None)
-        if factory is None or config.get("model_type") not in transformers.CONFIG_MAPPING:
-            return None
         try:
+            if config.get("model_type") not in transformers.CONFIG_MAPPING:
+                return None
+            (named, *_) = config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])]
+            factory = getattr(transformers, str(named), None)
+            if not (isinstance(factory, type) and issubclass(factory, transformers.PreTrainedModel)):
+                return None
             with torch.device("meta"):
                 model = factory(transformers.AutoConfig.for_model(**config))
             parts = packed_parts(model)
-        except (TrainrtError, ValueError, KeyError, AttributeError, TypeError) as error:
+        except Exception as error:
+            # What transformers makes of wrong numbers is any of its errors, or of torch's.
             raise CheckpointError(f"config.json: no model can be made of it: {error}") from error
         ties = {str(tied): str(owner) for tied, owner in (getattr(model, "all_tied_weights_keys", None) or {}).items()}
         packs = {name: held for name, held in parts.items() if [part.name for part in held] != [name]}
@@ -60,7 +68,9 @@ def unpacked(opened: Opened, model: LiveModel) -> Opened:
     """A checkpoint that has live names, with the names of files; ties that it does not speak of are made known."""
     layout = _Places(opened.source)
     for tensor, fragments in opened.source.layout:
-        for part in model.parts.get(tensor.name, (Part.whole(tensor.name, tensor.shape),)):
+        # Moments of another shape than their parameter are of all that is packed in it, and keep its name.
+        packs = tensor.name in model.parts and _extent(model.parts[tensor.name]) == tensor.shape
+        for part in model.parts[tensor.name] if packs else (Part.whole(tensor.name, tensor.shape),):
             owner = _owner(opened, model, part.name, tensor)
             logical = replace(tensor, name=owner or part.name, shape=part.shape)
             # What is tied is a replica of its owner: it has another rank, and must be equal.
@@ -82,13 +92,19 @@ def _owner(opened: Opened, model: LiveModel, name: str, tensor: LogicalTensor) -
     return owner if owner is not None and (owner, tensor.role) in opened.source.layout.tensors else None
 
 
-def packed(opened: Opened, model: LiveModel) -> Opened:
-    """A checkpoint that has the names of files, with live names."""
+def packed(opened: Opened, model: LiveModel) -> tuple[Opened, list[str]]:
+    """A checkpoint that has the names of files, with live names; and what cannot be packed.
+
+    Raises CheckpointError for a parameter that is not of the model's shape.
+    """
     homes = {part.name: (live, part) for live, parts in model.parts.items() for part in parts}
-    layout = _Places(opened.source)
+    layout, lost = _Places(opened.source), []
     for tensor, fragments in opened.source.layout:
         live, part = homes.get(tensor.name, (tensor.name, Part.whole(tensor.name, tensor.shape)))
         if part.shape != tensor.shape:
+            if tensor.role not in ("parameter", "master"):
+                lost.append(f"{tensor.role} of {tensor.name}: of shape {tensor.shape}, cannot be packed into {live}")
+                continue
             raise CheckpointError(
                 f"{tensor.name} ({tensor.role}): of shape {tensor.shape}, the model wants {part.shape}"
             )
@@ -99,7 +115,7 @@ def packed(opened: Opened, model: LiveModel) -> Opened:
     stored = {name for name, _ in layout.layout.tensors}
     ties = {tied: owner for tied, owner in model.ties.items() if owner in stored and tied not in stored}
     metadata["aliases"] = {**ties, **opened.metadata.get("aliases", {})}
-    return replace(opened, source=layout, metadata=metadata)
+    return replace(opened, source=layout, metadata=metadata), lost
 
 
 class _Places:

@@ -97,12 +97,22 @@ def strict_json(data: bytes, what: str) -> Any:
 
     try:
         return json.loads(data, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise CheckpointError(f"{what}: no JSON: nested too deeply") from error
     except ValueError as error:
         raise CheckpointError(f"{what}: no JSON: {error}") from error
 
 
-def check_name(name: str) -> None:
-    """A file name of a manifest must stay inside the checkpoint. Raises CheckpointError."""
+def json_object(data: bytes, what: str) -> dict[str, Any]:
+    """An object of strict JSON. Raises CheckpointError for any other value."""
+    held = strict_json(data, what)
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{what}: is no JSON object")
+    return held
+
+
+def check_name(name: str, says: str = "manifest.json") -> None:
+    """A file name in a checkpoint must stay inside of it. Raises CheckpointError with who `says` it."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"manifest.json names the file {name!r}; allowed: a relative path inside the checkpoint")
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{says} names the file {name!r}; allowed: a relative path inside the checkpoint")

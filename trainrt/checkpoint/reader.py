@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from trainrt.checkpoint import planes
-from trainrt.checkpoint.manifest import PADDING, SAFETENSORS_DTYPE, SCHEMA, Chunk, check_name, file_digest, strict_json
+from trainrt.checkpoint.form import check_form
+from trainrt.checkpoint.manifest import PADDING, SAFETENSORS_DTYPE, SCHEMA, Chunk, check_name, file_digest, json_object
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Box, Fragment, Key, Layout, LogicalTensor, contiguous_strides, flat_range
 
@@ -65,7 +66,7 @@ class Universal:
     def model_config(self) -> dict[str, Any]:
         """config.json of the model, whose checksum was compared when this was opened."""
         path = self.path / "model" / "config.json"
-        return dict(strict_json(path.read_bytes(), str(path)))
+        return json_object(path.read_bytes(), str(path))
 
     def in_chunks(self) -> Layout:
         """The same state cut into its chunks: the storage of a fragment is the number of its piece."""
@@ -135,6 +136,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest, checked against COMMIT and the schema. Raises CheckpointError."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
+    for name in ("COMMIT", "manifest.json"):
+        if (path / name).is_symlink():
+            raise CheckpointError(f"{path}: {name}: is a symbolic link")
     try:
         commit = (path / "COMMIT").read_bytes()
         text = (path / "manifest.json").read_bytes()
@@ -144,9 +148,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no {name}: not a trainrt universal checkpoint ({reason})") from error
     if commit != hashlib.sha256(text).hexdigest().encode() + b"\n":
         raise CheckpointError(f"{path}: manifest.json does not match COMMIT: one of them is damaged")
-    manifest = strict_json(text, f"{path}/manifest.json")
+    manifest = json_object(text, f"{path}/manifest.json")
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: schema {manifest.get('schema')!r} is not known; allowed: {SCHEMA!r}")
+    check_form(manifest, f"{path}: manifest.json")
     for file in manifest["files"]:
         check_name(file)
     return manifest
@@ -198,12 +203,36 @@ def _header_problems(
         at += chunk.stored
     if at != facts["bytes"]:
         yield _problem(file, None, "coverage", f"bytes {at} to {facts['bytes']} are covered by no chunk")
-    entries = strict_json(header[8:], file) if header else None
-    for entry in manifest["tensors"]:
-        if entry["file"] == file and entries is not None:
-            named = entries.get(entry["name"], {})
-            if named.get("dtype") != SAFETENSORS_DTYPE[entry["dtype"]] or named.get("shape") != entry["shape"]:
+    if header:
+        try:
+            entries = json_object(header[8:], file)
+        except CheckpointError as error:
+            yield _problem(file, None, "header", str(error))
+            return
+        entries.pop("__metadata__", None)
+        for entry in manifest["tensors"]:
+            if entry["file"] == file and not _lies_so(entries.pop(entry["name"], None), entry, len(header)):
                 yield _problem(file, entry["name"], "header", "the file's header and the manifest disagree")
+        for name in entries:
+            yield _problem(file, name, "header", "is in the file's header, and not in the manifest")
+
+
+def _lies_so(named: Any, entry: dict[str, Any], begin: int) -> bool:
+    """Whether a header says of a tensor what the manifest says, and its chunks are that range of the file."""
+    if not isinstance(named, dict) or (named.get("dtype"), named.get("shape")) != (
+        SAFETENSORS_DTYPE[entry["dtype"]], entry["shape"],
+    ):  # fmt: skip
+        return False
+    first, at = entry["chunks"][0]["offset"] - begin if entry["chunks"] else None, begin
+    offsets = named.get("data_offsets")
+    if first is None:
+        return isinstance(offsets, list) and len(offsets) == 2 and offsets[0] == offsets[1]
+    at += first
+    for chunk in entry["chunks"]:
+        if chunk["offset"] != at:
+            return False
+        at += chunk["length"]
+    return bool(offsets == [first, at - begin])
 
 
 def chunk_problems(path: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ stands under the final name before COMMIT does.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -228,8 +229,14 @@ def prepare(plan: WritePlan, directory: Path) -> None:
             (folder / file).write_bytes(content)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        needed = sum(plan.sizes.values())
-        raise CheckpointError(f"{directory}: no room for a checkpoint of {needed} bytes: {error.strerror}") from error
+        raise not_written(directory, sum(plan.sizes.values()), error) from error
+
+
+def not_written(directory: Path, needed: int, error: OSError) -> CheckpointError:
+    """Why files could not be made at their full size."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = f"no room for a checkpoint of {needed} bytes" if full else "cannot be written to"
+    return CheckpointError(f"{directory}: {what}: {error.strerror}")
 
 
 def _small_files(plan: WritePlan) -> dict[str, bytes]:
@@ -364,10 +371,11 @@ def _manifest(
         tensors.append(tensor_entry(tensor, where.get(key) or _home(plan, tensor), entries.get(key, [])))
     owners = {tensor.name: tensor for tensor in plan.tensors.values() if tensor.role == "parameter"}
     tensors += [alias_entry(name, owners[owner]) for name, owner in aliases.items()]
-    kept = ("step", "run_id", "optimizer", "scheduler", "data", "rng", "config", "plan_sha256")
+    kept = ("step", "optimizer", "scheduler", "data", "rng", "config", "plan_sha256")
     return {
         "schema": SCHEMA,
         "writer": f"trainrt {trainrt.__version__}",
+        "run_id": plan.metadata.get("run_id", ""),
         **{key: plan.metadata.get(key, {}) for key in kept},
         "files": files,
         "tensors": tensors,

@@ -39,19 +39,19 @@ def _open(path: Path, model_config: Mapping[str, Any] | None, mapping: Descripti
         return mapped.open_checkpoint(path, mapping, model_config=model_config)
     if (path / "manifest.json").exists() or (path / "COMMIT").exists():
         return _universal(path, model_config)
-    # Before those of torch, in whose form they are.
-    if megatron_dist.recognise(path) is not None:
-        return megatron_dist.open_checkpoint(path, model_config=model_config)
-    for live in (deepspeed, deepspeed_universal, dcp):
-        if live.recognise(path) is not None:
-            opened = live.open_checkpoint(path, model_config=model_config)
-            model = LiveModel.of(opened.metadata["model_config"])
-            return opened if model is None else unpacked(opened, model)
-    if megatron.recognise(path) is not None:
-        return megatron.open_checkpoint(path, model_config=model_config)
-    if hf.recognise(path) is not None:
-        return hf.open_checkpoint(path, model_config=model_config)
-    raise CheckpointError(f"{path}: no checkpoint of a format that is known ({', '.join(READ)})")
+    # Megatron's before those of torch, in whose form they are.
+    readers: list[Any] = [megatron_dist, deepspeed, deepspeed_universal, dcp, megatron, hf]
+    reader = next((reader for reader in readers if reader.recognise(path) is not None), None)
+    if reader is None:
+        raise CheckpointError(f"{path}: no checkpoint of a format that is known ({', '.join(READ)})")
+    try:
+        opened: Opened = reader.open_checkpoint(path, model_config=model_config)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        # What is in a file has not the form that its reader counts on.
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: is not as {reader.NAME} writes it: {said}") from error
+    model = LiveModel.of(opened.metadata["model_config"]) if reader in (deepspeed, deepspeed_universal, dcp) else None
+    return opened if model is None else unpacked(opened, model)
 
 
 def _universal(path: Path, model_config: Mapping[str, Any] | None) -> Opened:

@@ -18,7 +18,7 @@ import torch
 
 from trainrt.checkpoint.formats.dcp_items import METADATA, Items
 from trainrt.checkpoint.formats.files import FileSource
-from trainrt.checkpoint.formats.opened import Cast, Opened, by_settings
+from trainrt.checkpoint.formats.opened import Cast, Opened, by_settings, optimizer_of
 from trainrt.checkpoint.manifest import strict_json
 from trainrt.checkpoint.mapping.rules import Rule, compile_reading
 from trainrt.checkpoint.source import read_whole
@@ -50,8 +50,12 @@ def open_checkpoint(path: Path, *, model_config: Mapping[str, Any] | None = None
     counts = {name: int(_scalar(source, layout.tensors[name, role])) for name, role in names.values() if role == "step"}
     for name in counts:
         del layout.tensors[name, "step"], layout.fragments[name, "step"]
-    groups, unknown = _groups(items)
-    optimizer = {"name": "adamw", "groups": groups, "steps": counts} if counts or groups else {}
+    groups, more, unknown = _groups(items)
+    counts |= more
+    optimizer = {
+        "name": optimizer_of({role for _, role in layout.tensors}), "groups": groups, "steps": counts,
+        **ours["optimizer"],
+    } if counts or groups else {}  # fmt: skip
     metadata = {
         "step": max(counts.values(), default=0), "model_config": {}, **ours["metadata"], "aliases": ours["aliases"],
         "optimizer": optimizer,
@@ -65,7 +69,7 @@ def open_checkpoint(path: Path, *, model_config: Mapping[str, Any] | None = None
 
 def _ours(items: Items) -> dict[str, Any]:
     """What a checkpoint says that we wrote, and nothing for any other."""
-    held: dict[str, Any] = {"aliases": {}, "lowered": {}, "buffers": [], "metadata": {}}
+    held: dict[str, Any] = {"aliases": {}, "lowered": {}, "buffers": [], "metadata": {}, "optimizer": {}}
     if OURS not in items.objects:
         return held
     items.objects.remove(OURS)
@@ -102,17 +106,20 @@ def _names(keys: Collection[str], buffers: Collection[str]) -> dict[str, tuple[s
     return found | {key: (name, "buffer" if name in buffers else "parameter") for key, name in short.items()}
 
 
-def _groups(items: Items) -> tuple[list[dict[str, Any]], list[str]]:
-    """Groups of parameters with equal settings, and the objects that are no settings."""
+def _groups(items: Items) -> tuple[list[dict[str, Any]], dict[str, int], list[str]]:
+    """Groups of parameters with equal settings, steps that are numbers, and the objects that are neither."""
     settings: dict[str, dict[str, Any]] = defaultdict(dict)
+    steps: dict[str, int] = {}
     unknown = []
     for key in items.objects:
-        match = SETTINGS.fullmatch(key)
-        if match is None or match["name"] is None:
-            unknown.append(key)
+        setting, state = SETTINGS.fullmatch(key), STATE.fullmatch(key)
+        if setting is not None and setting["name"] is not None:
+            settings[setting["name"]][setting["key"]] = items.value(key)
+        elif state is not None and state["role"] == "step":
+            steps[state["name"]] = int(items.value(key))
         else:
-            settings[match["name"]][match["key"]] = items.value(key)
-    return by_settings(settings), unknown
+            unknown.append(key)
+    return by_settings(settings), steps, unknown
 
 
 def _scalar(source: FileSource, tensor: LogicalTensor) -> float:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pickle
 from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainrt.checkpoint.formats import torch_file
 from trainrt.checkpoint.formats.files import FileSource, Record
+from trainrt.checkpoint.formats.place import inside, no_link
 from trainrt.checkpoint.mapping.rules import Part, Parts, StoredArray
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Box, Layout
@@ -78,7 +79,7 @@ class Items:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        metadata = _read_metadata(path / METADATA)
+        metadata = _read_metadata(no_link(path / METADATA))
         self.tensors = {
             k: e for k, e in metadata.state_dict_metadata.items() if type(e).__name__ == "TensorStorageMetadata"
         }
@@ -107,6 +108,9 @@ class Items:
             offset = tuple(index.offset) if index.offset is not None else (0,) * len(self.shape(key))
             if offset not in chunks:
                 raise CheckpointError(f"{self._path}: {key}: no chunk of it begins at {offset}")
+            ends = [start + length for start, length in zip(offset, chunks[offset], strict=True)]
+            if min(offset, default=0) < 0 or any(a > b for a, b in zip(ends, self.shape(key), strict=True)):
+                raise CheckpointError(f"{self._path / METADATA}: {key}: the chunk at {offset} reaches outside of it")
             file, place = self._place(info)
             tensor = torch_file.load(file, part=place)
             if tuple(tensor.shape) != chunks[offset]:
@@ -126,13 +130,7 @@ class Items:
 
     def _place(self, info: Any) -> tuple[Path, tuple[int, int]]:
         """The file of an item, and where in it."""
-        name = str(info.relative_path)
-        place = PurePosixPath(name)
-        path = self._path / name
-        if place.is_absolute() or ".." in place.parts or path.is_symlink():
-            raise CheckpointError(
-                f"{self._path / METADATA}: names the file {name!r}; allowed: a file of this directory"
-            )
+        path = inside(self._path, str(info.relative_path), self._path / METADATA)
         if not path.is_file():
             raise CheckpointError(f"{path}: is missing")
         return path, (int(info.offset), int(info.length))

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from trainrt.checkpoint.formats import torch_file
 from trainrt.checkpoint.formats.files import FileSource
-from trainrt.checkpoint.formats.opened import Cast, Opened, plain
+from trainrt.checkpoint.formats.opened import Cast, Opened, optimizer_of, plain
+from trainrt.checkpoint.formats.place import inside
 from trainrt.checkpoint.mapping.expression import Shape
 from trainrt.checkpoint.mapping.rules import Rule, StoredArray, compile_reading
 from trainrt.checkpoint.source import Source
@@ -42,9 +43,14 @@ STAND_INS = (
 def recognise(path: Path) -> tuple[Path, str] | None:
     """The tag's directory, and why it is one; None for anything else. A root with `latest` leads to its tag."""
     latest = path / "latest"
-    tag = path / latest.read_text().strip() if latest.is_file() else path
+    tag = tag_of(path, latest) if latest.is_file() else path
     found = [file.name for file in tag.iterdir() if OPTIMIZER_FILE.fullmatch(file.name)] if tag.is_dir() else []
     return (tag, f"{tag.name}/{min(found)}") if found else None
+
+
+def tag_of(path: Path, latest: Path) -> Path:
+    """The directory that a file names. Raises CheckpointError for one elsewhere."""
+    return inside(path, latest.read_text(errors="replace").strip(), latest)
 
 
 def open_checkpoint(path: Path, *, model_config: Mapping[str, Any] | None = None) -> Opened:
@@ -104,12 +110,20 @@ class Facts:
             {name: tuple(shape) for name, shape in group.items()}
             for group in (shapes if isinstance(shapes, list) else [shapes])
         ]
-        frozen = self._state.get("frozen_param_shapes") or {}
-        self.frozen = {name: tuple(shape) for name, shape in frozen.items()}
-        self.shapes = {name: shape for group in [*self.groups, self.frozen] for name, shape in group.items()}
-        self.aliases = dict(self._state.get("shared_params") or {})
+        self.aliases: dict[str, str] = dict(self._state.get("shared_params") or {})
+        self.buffers = set(self._state.get("buffer_names") or ())
         module = {name: tensor for name, tensor in self._state["module"].items() if isinstance(tensor, Tensor)}
         self._module: dict[str, Tensor] = module
+        trained = {name: shape for group in self.groups for name, shape in group.items()}
+        frozen = self._state.get("frozen_param_shapes") or {}
+        self.frozen = {name: tuple(shape) for name, shape in frozen.items()}
+        if stage < 3:
+            # Stage 1 says nothing of what is frozen, but has it.
+            others = {name: tuple(tensor.shape) for name, tensor in module.items() if name not in trained}
+            self.frozen |= {
+                name: s for name, s in others.items() if name not in self.buffers and name not in self.aliases
+            }
+        self.shapes = trained | self.frozen
         floating = {
             str(t.dtype).removeprefix("torch.")
             for name, t in module.items()
@@ -123,14 +137,13 @@ class Facts:
 
     def module(self) -> tuple[list[Rule], list[StoredArray]]:
         """Weights as the module has them (stages 1 and 2), buffers, and frozen parameters."""
-        buffers = set(self._state.get("buffer_names") or ())
         rules, arrays = [], []
         for name, tensor in self._module.items():
             whole = self._stage < 3 and name in self.shapes
-            if name not in self.aliases and (whole or name in buffers):
+            if name not in self.aliases and (whole or name in self.buffers):
                 rules.append(Rule(name, f'"{name}"'))
                 arrays.append(
-                    torch_file.array_of(tensor, self._path, name, "buffer" if name in buffers else "parameter")
+                    torch_file.array_of(tensor, self._path, name, "buffer" if name in self.buffers else "parameter")
                 )
         if self._stage == 3 and self.frozen:
             for rank in range(self._ranks):
@@ -156,9 +169,20 @@ class Facts:
             "step": int(self._state.get("global_steps", 0)),
             "aliases": {tied: owner for tied, owner in self.aliases.items() if (owner, "parameter") in layout.tensors},
             "model_config": dict(model_config or {}),
-            "optimizer": {"name": "adamw", "groups": groups, "steps": dict(steps)},
+            "optimizer": {
+                "name": optimizer_of({role for _, role in layout.tensors}), "groups": groups, "steps": dict(steps),
+                **self._loss_scale(state),
+            },
             "scheduler": {key: value for key, value in (self._state.get("lr_scheduler") or {}).items() if plain(value)},
-        }
+        }  # fmt: skip
+
+    def _loss_scale(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """By how much losses are multiplied in float16, and how that follows overflows."""
+        scaler = state.get("loss_scaler")
+        if self.module_dtype != "float16" or scaler is None:
+            return {}
+        held = {key: value for key, value in vars(scaler).items() if key != "arguments" and plain(value)}
+        return {"loss_scale": held or {"cur_scale": float(scaler.arguments[0]), "dynamic": False}}
 
 
 def _enabled(config: Any, key: str) -> bool:

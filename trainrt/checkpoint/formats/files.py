@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +35,7 @@ class FileSource:
             path = Path(fragment.storage)
             known = self._records.get(fragment.storage)
             if known is None:
-                known = torch_file.records(path) if zipfile.is_zipfile(path) else []
+                known = torch_file.records(path) if torch_file.is_archive(path) else None
             self._maps[fragment.storage] = MappedFile(path, known)
         held = self._maps[fragment.storage]
         extent = sum((n - 1) * s for n, s in zip(fragment.box.length, fragment.strides, strict=True))
@@ -53,33 +52,32 @@ class FileSource:
 class MappedFile:
     """One file, and which of its records were found sound."""
 
-    def __init__(self, path: Path, records: list[Record]) -> None:
+    def __init__(self, path: Path, records: list[Record] | None) -> None:
+        """`records`: None for a file that has no checksums."""
         self.path = path
         with path.open("rb") as file:
             self._map = (
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(file.fileno()).st_size else None
             )
         self.data = np.frombuffer(self._map, np.uint8) if self._map is not None else np.empty(0, np.uint8)
-        self._records = sorted(records)
-        self._starts = [start for start, _, _ in self._records]
+        self._records = None if records is None else sorted(records)
+        self._starts = [start for start, _, _ in self._records or ()]
         self._sound: set[int] = set()
 
     def check(self, first: int, last: int) -> None:
-        """Compare the checksums of the records that a range touches, once."""
+        """Compare the checksum of the record that a range lies in, once."""
         if last > self.data.size:
             raise CheckpointError(f"{self.path}: ends at {self.data.size}, bytes up to {last} were expected")
-        if not self._records:
+        if self._records is None:
             return
-        number = max(0, bisect.bisect_right(self._starts, first) - 1)
-        while number < len(self._records) and self._starts[number] < last:
-            start, size, crc = self._records[number]
-            if number not in self._sound and start + size > first:
-                if self._crc(start, size) != crc:
-                    raise CheckpointError(
-                        f"{self.path}: the data at {start} does not match its checksum: it is damaged"
-                    )
-                self._sound.add(number)
-            number += 1
+        number = bisect.bisect_right(self._starts, first) - 1
+        start, size, crc = self._records[number] if number >= 0 else (0, 0, 0)
+        if last > start + size:
+            raise CheckpointError(f"{self.path}: bytes {first} to {last} are not the data of one tensor")
+        if number not in self._sound:
+            if self._crc(start, size) != crc:
+                raise CheckpointError(f"{self.path}: the data at {start} does not match its checksum: it is damaged")
+            self._sound.add(number)
 
     def _crc(self, start: int, size: int) -> int:
         """In pieces, whose memory is given back: a record may be larger than the memory there is."""

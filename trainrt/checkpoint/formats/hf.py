@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from trainrt.checkpoint.formats.files import FileSource
 from trainrt.checkpoint.formats.opened import Opened
-from trainrt.checkpoint.manifest import SAFETENSORS_DTYPE, strict_json
+from trainrt.checkpoint.formats.place import inside, no_link
+from trainrt.checkpoint.manifest import SAFETENSORS_DTYPE, json_object
 from trainrt.checkpoint.mapping.rules import Rule, StoredArray, compile_reading
 from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import ITEM_BYTES
@@ -18,6 +20,7 @@ NAME = "hf"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_HEADER_BYTES = 100 << 20
+KEYS = ("dtype", "shape", "data_offsets")
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPE.items()}
 
 
@@ -33,22 +36,27 @@ def open_checkpoint(path: Path, *, model_config: Mapping[str, Any] | None = None
         raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is here")
     arrays = list(_arrays(path))
     layout, _, _ = compile_reading([Rule(array.name, json.dumps(array.name)) for array in arrays], arrays, variables={})
-    config_file = path / "config.json"
-    config = (
-        strict_json(config_file.read_bytes(), str(config_file)) if config_file.is_file() else dict(model_config or {})
-    )
+    config = read_config(path / "config.json") or dict(model_config or {})
     return Opened(NAME, why, path, FileSource(layout), {"step": 0, "aliases": {}, "model_config": config})
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A model's config.json; empty where there is none. Raises CheckpointError for one that cannot be read."""
+    try:
+        return json_object(no_link(file).read_bytes(), str(file)) if file.exists() else {}
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from error
 
 
 def _arrays(path: Path) -> Iterator[StoredArray]:
     if not (path / INDEX).is_file():
         yield from safetensors_arrays(path / SINGLE)
         return
-    where = strict_json((path / INDEX).read_bytes(), f"{path / INDEX}")["weight_map"]
+    where = json_object(no_link(path / INDEX).read_bytes(), f"{path / INDEX}").get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise CheckpointError(f"{path / INDEX}: weight_map is no table of names and files")
     for file in sorted(set(where.values())):
-        if Path(file).name != file or (path / file).is_symlink():
-            raise CheckpointError(f"{path / INDEX}: names the file {file!r}; allowed: a file of this directory")
-        held = {array.name: array for array in safetensors_arrays(path / file)}
+        held = {array.name: array for array in safetensors_arrays(inside(path, file, path / INDEX))}
         wanted = {name for name, home in where.items() if home == file}
         if wanted != set(held):
             odd = sorted(wanted ^ set(held))[0]
@@ -59,30 +67,38 @@ def _arrays(path: Path) -> Iterator[StoredArray]:
 def safetensors_arrays(path: Path, *, at: Mapping[str, int] | None = None) -> list[StoredArray]:
     """The tensors of a safetensors file. Raises CheckpointError for a header that overlaps, overreaches or contradicts itself."""
     try:
-        size = path.stat().st_size
+        size = no_link(path).stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MOST_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path}: its header would have {length} bytes, the file has {size}")
-            header = strict_json(file.read(length), str(path))
+            header = json_object(file.read(length), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
+    begin = 8 + length
+    entries = [_entry(path, name, entry) for name, entry in header.items() if name != "__metadata__"]
     arrays, end = [], 0
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    for name, entry in sorted(entries.items(), key=lambda held: tuple(held[1]["data_offsets"])):
-        first, last = entry["data_offsets"]
-        dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-        if dtype is None:
-            raise CheckpointError(f"{path}: {name}: dtype {entry['dtype']!r}; allowed: {', '.join(sorted(DTYPES))}")
-        elements = 1
-        for n in shape:
-            elements *= n
-        if first != end or last - first != elements * ITEM_BYTES[dtype] or 8 + length + last > size:
+    for first, last, name, dtype, shape in sorted(entries):
+        if first != end or last - first != math.prod(shape) * ITEM_BYTES[dtype] or begin + last > size:
             raise CheckpointError(
                 f"{path}: {name}: bytes {first} to {last} overlap, leave a gap, or are not {shape} of {dtype}"
             )
-        arrays.append(StoredArray(name, "parameter", dtype, shape, str(path), 8 + length + first, at=at or {}))
+        arrays.append(StoredArray(name, "parameter", dtype, shape, str(path), begin + first, at=at or {}))
         end = last
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path}: has {size} bytes, its header accounts for {8 + length + end}")
+    if begin + end != size:
+        raise CheckpointError(f"{path}: has {size} bytes, its header accounts for {begin + end}")
     return arrays
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
+    """Where a tensor is, its name, dtype and shape, of what a header says of it."""
+    dtype, shape, where = (entry.get(key) if isinstance(entry, dict) else None for key in KEYS)
+    if not _sizes(shape) or not _sizes(where) or len(where) != 2:
+        raise CheckpointError(f"{path}: {name}: {json.dumps(entry)[:100]} is not {', '.join(KEYS)} of a tensor")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name}: dtype {dtype!r}; allowed: {', '.join(sorted(DTYPES))}")
+    return where[0], where[1], name, DTYPES[dtype], tuple(shape)
+
+
+def _sizes(held: Any) -> TypeGuard[list[int]]:
+    return isinstance(held, list) and all(type(n) is int and n >= 0 for n in held)

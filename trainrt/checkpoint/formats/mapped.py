@@ -26,10 +26,9 @@ def open_checkpoint(path: Path, description: Description, *, model_config: Mappi
         for array in _arrays(file, description, at):
             role, name = description.role_of(array.name)
             arrays.append(replace(array, name=name, role=role))
-    before = description.layers_before(arrays)
     layout, unknown, coordinates = compile_reading(
         description.rules, arrays, variables=description.numbers(model_config or {}),
-        local=lambda at: {"first": before.get(at.get("pp", 0), 0)},
+        local=description.local(arrays),
     )  # fmt: skip
     return Opened(
         description.format, f"--mapping, {len(places)} files", path, FileSource(layout),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from trainrt.checkpoint.mapping.expression import Coordinate
 from trainrt.checkpoint.source import Source
-from trainrt.parallel.layout import Fragment, Layout, LogicalTensor
+from trainrt.parallel.layout import Fragment, Key, Layout, LogicalTensor
 
 
 @dataclass(slots=True)
@@ -59,6 +59,20 @@ class Cast:
         release(self._source)
 
 
+class Without:
+    """A source that does not show some tensors."""
+
+    def __init__(self, source: Source, hidden: Collection[Key]) -> None:
+        self._source = source
+        self.layout = source.layout.only(lambda tensor, _: tensor.key not in hidden)
+
+    def read(self, tensor: LogicalTensor, fragment: Fragment) -> np.ndarray:
+        return self._source.read(tensor, fragment)
+
+    def release(self) -> None:
+        release(self._source)
+
+
 def release(source: Source) -> None:
     """Give back the memory of what was read, where a source keeps some."""
     give_back = getattr(source, "release", None)
@@ -76,6 +90,12 @@ def by_settings(settings: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             same["tensors"].append(name)
     return groups
+
+
+def optimizer_of(roles: Collection[str]) -> str:
+    """The optimizer that has these moments, where that is clear; where there are none, what models are mostly trained with."""
+    moments = set(roles) - {"parameter", "master", "buffer", "step"}
+    return "adamw" if moments in (set(), {"exp_avg", "exp_avg_sq"}) else ""
 
 
 def plain(value: Any) -> bool:

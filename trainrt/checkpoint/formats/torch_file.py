@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from trainrt.checkpoint.formats.place import no_link
 from trainrt.checkpoint.mapping.rules import StoredArray
 from trainrt.errors import CheckpointError
 
@@ -42,16 +43,44 @@ def load(path: Path, *, stand_ins: Sequence[str] = (), part: tuple[int, int] | N
 
     Raises CheckpointError for what is no such file, or would build anything else than is allowed.
     """
-    if part is None and not zipfile.is_zipfile(path):
+    if not no_link(path).is_file():
+        raise CheckpointError(f"{path}: is missing")
+    if part is None and not is_archive(path):
         raise CheckpointError(f"{path}: no zip file as torch.save writes them (files of torch before 1.6 are not read)")
     globals_: list[Any] = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in stand_ins]
     try:
         window = Window(path, *(part or (0, path.stat().st_size)))
-        with window as file, _only(globals_), FakeTensorMode():
-            return torch.load(cast("IO[bytes]", file), weights_only=True, map_location="cpu")
+        with window as file:
+            _check(cast("IO[bytes]", file))
+            with _only(globals_), FakeTensorMode():
+                return torch.load(cast("IO[bytes]", file), weights_only=True, map_location="cpu")
     except Exception as error:
         said = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(f"{path}: refused: {said or type(error).__name__}: {_first_line(error)}") from error
+
+
+def is_archive(path: Path) -> bool:
+    """Whether it is a zip file, as torch.save writes them."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        # It ends as one does, and says something that none may.
+        return False
+
+
+def _check(file: IO[bytes]) -> None:
+    """Compare the checksums of all that is no tensor's data, which torch does not do. Raises ValueError or what zipfile does."""
+    with zipfile.ZipFile(file) as archive:
+        seen = set()
+        for entry in archive.infolist():
+            if entry.filename in seen or entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed, or there twice; torch.save does neither")
+            seen.add(entry.filename)
+            if "/data/" not in entry.filename:
+                held = archive.read(entry)
+                if entry.filename.endswith("/byteorder") and held != b"little":
+                    raise ValueError(f"byte order {held!r}; allowed: little")
+    file.seek(0)
 
 
 @contextlib.contextmanager
@@ -129,20 +158,14 @@ class Window(io.RawIOBase):
 
 
 def records(path: Path, *, part: tuple[int, int] | None = None) -> list[tuple[int, int, int]]:
-    """(offset in the file, bytes, CRC-32) of the tensors' data in a file, or in a part of it.
-
-    Raises CheckpointError for compressed ones.
-    """
+    """(offset in the file, bytes, CRC-32) of the tensors' data in a file, or in a part of it."""
     found = []
     window = Window(path, *(part or (0, path.stat().st_size)))
     offset = part[0] if part else 0
     with window as file, zipfile.ZipFile(cast("IO[bytes]", file)) as archive:
         for entry in archive.infolist():
-            if "/data/" not in entry.filename:
-                continue
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path}: {entry.filename} is compressed; torch.save does not do that")
-            found.append((offset + data_offset(cast("IO[bytes]", file), entry), entry.file_size, entry.CRC))
+            if "/data/" in entry.filename:
+                found.append((offset + data_offset(cast("IO[bytes]", file), entry), entry.file_size, entry.CRC))
     return found
 
 

@@ -223,7 +223,7 @@ class Shard:
 
 def shares(length: int, sizes: Sequence[int], what: str) -> list[int]:
     """A length cut in proportion to `sizes`. Raises LayoutError where that does not come out even."""
-    unit, rest = divmod(length, sum(sizes))
+    unit, rest = divmod(length, sum(sizes)) if any(sizes) else (0, length)
     if rest:
         raise LayoutError(f"{what}: {length} cannot be cut in the proportion {':'.join(map(str, sizes))}")
     return [unit * size for size in sizes]
@@ -312,7 +312,10 @@ class Transpose:
     order: tuple[int, ...] = ()
 
     def _order(self, rank: int) -> tuple[int, ...]:
-        return self.order or tuple(reversed(range(rank)))
+        order = self.order or tuple(reversed(range(rank)))
+        if sorted(order) != list(range(rank)):
+            raise LayoutError(f"transpose: order {order} is none of {rank} dimensions")
+        return order
 
     def resolve(self, pieces: Pieces, found: Shapes) -> None:
         turned: Pieces = {}

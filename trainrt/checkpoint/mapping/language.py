@@ -92,7 +92,10 @@ def _number(node: ast.AST, values: Values, text: str) -> int:
         case ast.Name(id=name):
             raise ConfigError(f"mapping: {text!r}: {name} is not known{nearest(name, values)}")
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_number(left, values, text), _number(right, values, text))
+            second = _number(right, values, text)
+            if not second and isinstance(op, (ast.FloorDiv, ast.Mod)):
+                raise ConfigError(f"mapping: {text!r}: {ast.unparse(node)} divides by zero")
+            return OPERATORS[type(op)](_number(left, values, text), second)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_number(operand, values, text)
     raise ConfigError(f"mapping: {text!r}: {ast.unparse(node)} is no number; allowed: numbers, names, + - * // %")
@@ -123,10 +126,13 @@ class _Maker:
     def _form(
         self, form: str, arguments: list[ast.expr], given: dict[str, ast.expr], values: dict[str, int]
     ) -> Expression:
-        def integer(key: str, otherwise: int) -> int:
-            return _number(given[key], values, self._text) if key in given else otherwise
+        def integer(key: str, otherwise: int, *, least: int = 1) -> int:
+            value = _number(given[key], values, self._text) if key in given else otherwise
+            if value < least:
+                raise self._wrong(f"{form}: {key} = {value}: at least {least}")
+            return value
 
-        dim = integer("dim", 0)
+        dim = integer("dim", 0, least=0)
         if form == "stack":
             return self._stack(arguments, given, values, dim)
         children = tuple(self.make(argument, values) for argument in arguments)
@@ -141,7 +147,7 @@ class _Maker:
         if form == "pad":
             if "length" not in given:
                 raise self._wrong("pad wants a length")
-            return Pad(children[0], integer("length", 0), integer("multiple", 1), dim)
+            return Pad(children[0], integer("length", 1), integer("multiple", 1), dim)
         split = self._word(given.get("split"), "split") or "chunk"
         if split not in ("chunk", "even"):
             raise self._wrong(f"split = {split!r}; allowed: chunk, even")
@@ -163,7 +169,10 @@ class _Maker:
             return ()
         if not isinstance(node, (ast.Tuple, ast.List)):
             raise self._wrong(f"{ast.unparse(node)}: a list of numbers is wanted")
-        return tuple(_number(element, values, self._text) for element in node.elts)
+        numbers = tuple(_number(element, values, self._text) for element in node.elts)
+        if any(number < 0 for number in numbers) or not numbers:
+            raise self._wrong(f"{ast.unparse(node)}: numbers of at least 0 are wanted")
+        return numbers
 
     def _word(self, node: ast.expr | None, key: str) -> str | None:
         if node is None:

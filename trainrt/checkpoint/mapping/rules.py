@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trainrt.checkpoint.mapping import language
@@ -81,11 +81,16 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Arrays of these names hold this. `on`: the indices of mesh axes where they are, where not everywhere (-1: the last)."""
+    """Arrays of these names hold this. `on`: the indices of mesh axes where they are, where not everywhere (-1: the last).
+
+    With a `role` it is for arrays of that role, and goes before those for any: moments that are shaped otherwise than their
+    parameter are cut otherwise.
+    """
 
     stored: str
     holds: str
     on: Mapping[str, int] = field(default_factory=dict)
+    role: str | None = None
 
     def matches(self, name: str) -> dict[str, int] | None:
         """The values of the placeholders in a stored name."""
@@ -115,7 +120,9 @@ def _pattern(template: str) -> str:
 
 
 Local = Callable[[Coordinate], Mapping[str, int]]
-"""Variables of a coordinate: what is counted from a pipeline stage's beginning."""
+"""Variables of a coordinate: what is counted from a pipeline stage's beginning. Reading, placeholders' values are in it too."""
+Held = Callable[[Coordinate], Collection[int]]
+"""Which values of a placeholder, in global numbers, are at a coordinate."""
 
 
 def compile_reading(
@@ -130,22 +137,41 @@ def compile_reading(
     ranks: dict[tuple[tuple[str, int], ...], int] = {}
     groups: dict[tuple[int, str, tuple[str, ...]], list[tuple[StoredArray, dict[str, int]]]] = defaultdict(list)
     unknown = []
-    exact = {rule.stored: number for number, rule in enumerate(rules) if "{" not in rule.stored}
-    patterns = [number for number, rule in enumerate(rules) if "{" in rule.stored]
+    known = _Known(rules)
     for array in arrays:
         ranks.setdefault(frozen(array.at), len(ranks))
-        for number in [exact[array.name]] if array.name in exact else patterns:
-            matched = rules[number].matches(array.name)
-            if matched is not None:
-                values = {**variables, **local(array.at), **matched}
-                groups[number, array.role, tuple(_identity(rules[number], values))].append((array, values))
-                break
-        else:
+        found = known.rule_of(array)
+        if found is None:
             unknown.append(array)
+            continue
+        number, matched = found
+        values = {**variables, **local({**matched, **array.at}), **matched}
+        groups[number, array.role, tuple(_identity(rules[number], values))].append((array, values))
     layout = Layout()
     for (number, _, _), held in groups.items():
         _read_group(rules[number], held, layout, ranks, Shapes(shapes))
     return layout, unknown, {rank: dict(place) for place, rank in ranks.items()}
+
+
+class _Known:
+    """Rules, found by what they are for: a name as it is goes before a pattern, and a role before any role."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self._exact: dict[str, list[int]] = defaultdict(list)
+        self._patterns: list[int] = []
+        for number in sorted(range(len(rules)), key=lambda number: rules[number].role is None):
+            stored = rules[number].stored
+            (self._patterns if "{" in stored else self._exact[stored]).append(number)
+
+    def rule_of(self, array: StoredArray) -> tuple[int, dict[str, int]] | None:
+        """The number of the rule for an array, and the values of its placeholders."""
+        for number in [*self._exact.get(array.name, ()), *self._patterns]:
+            rule = self._rules[number]
+            matched = rule.matches(array.name) if rule.role in (None, array.role) else None
+            if matched is not None:
+                return number, matched
+        return None
 
 
 def _identity(rule: Rule, values: Mapping[str, int]) -> list[str]:
@@ -180,17 +206,21 @@ def _read_group(
                 layout.add(tensor, *array.fragments(patch, ranks[frozen(array.at)]))
     except KeyError as error:
         raise LayoutError(f"{held[0][0].name}: the shape of {error.args[0]} is not known") from error
+    except IndexError as error:
+        raise LayoutError(
+            f"{held[0][0].name}: of shape {held[0][0].shape}, too few dimensions for {rule.holds}"
+        ) from error
     except LayoutError as error:
         raise LayoutError(f"{held[0][0].name}: {error}") from error
 
 
 def compile_writing(
     rules: Sequence[Rule], tensors: Mapping[Key, LogicalTensor], *, role: str, axes: Mapping[str, int],
-    variables: Mapping[str, int], local: Local = lambda _: {}, layers: Callable[[Coordinate], range] | None = None,
+    variables: Mapping[str, int], local: Local = lambda _: {}, layers: Held | None = None, experts: Held | None = None,
 ) -> tuple[list[tuple[StoredArray, list[tuple[Patch, LogicalTensor]]]], set[Key]]:  # fmt: skip
     """The arrays that hold the logical tensors of a role, over a mesh, each with what lies where in it.
 
-    `layers`: which values of the placeholder `l` (in global numbers) are at a coordinate; by default all.
+    `layers`, `experts`: which values of the placeholders `l` and `e` are at a coordinate; by default all.
     Returns them without storages (the container gives those), and the keys that were placed.
     """
     shapes = {name: tensor.shape for (name, held), tensor in tensors.items() if held == role}
@@ -199,10 +229,11 @@ def compile_writing(
     placed: set[Key] = set()
     for at in coordinates(axes):
         base = {**variables, **axes, **local(at)}
+        here = {key: held(at) for key, held in (("l", layers), ("e", experts)) if held is not None}
         for rule in rules:
-            if not rule.there(at, axes):
+            if rule.role not in (None, role) or not rule.there(at, axes):
                 continue
-            for values in _instances(rule, shapes, base, layers(at) if layers is not None else None):
+            for values in _instances(rule, shapes, base, here):
                 expression = language.make(rule.holds, {**base, **values})
                 try:
                     patches = list(expression.patches(known, at))
@@ -239,7 +270,9 @@ def coordinates(axes: Mapping[str, int]) -> list[dict[str, int]]:
     ]
 
 
-def _instances(rule: Rule, names: Iterable[str], base: Mapping[str, int], layers: range | None) -> list[dict[str, int]]:
+def _instances(
+    rule: Rule, names: Iterable[str], base: Mapping[str, int], here: Mapping[str, Collection[int]]
+) -> list[dict[str, int]]:
     """The values that the placeholders of a rule's stored name take, from the logical names that are there."""
     wanted = {name for brace in language.BRACES.findall(rule.stored) for name in re.findall(r"[A-Za-z_]\w*", brace)}
     template = language.names(rule.holds)[0]
@@ -248,7 +281,7 @@ def _instances(rule: Rule, names: Iterable[str], base: Mapping[str, int], layers
         values = match(template, name)
         if values is None:
             continue
-        if layers is not None and "l" in values and "l" in wanted and values["l"] not in layers:
+        if any(key in wanted and key in values and values[key] not in held for key, held in here.items()):
             continue
         shifted = {key: _before(template, key, value, base) for key, value in values.items() if key in wanted}
         found[tuple(sorted(shifted.items()))] = None

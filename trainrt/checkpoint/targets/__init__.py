@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trainrt.checkpoint.formats.opened import Opened
+from dataclasses import replace
+
+from trainrt.checkpoint.formats.opened import Opened, Without
 from trainrt.checkpoint.live import LiveModel, packed
 from trainrt.checkpoint.targets import deepspeed, megatron, universal
 from trainrt.checkpoint.targets.shape import Shape
@@ -27,24 +29,42 @@ def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, 
             return opened, universal.UniversalTarget(layout, metadata), []
         case "hf":
             return opened, universal.HuggingFaceTarget(_model(layout), metadata), _lost_of_hf(opened)
-        case "deepspeed":
-            return deepspeed.make(*_live(opened), shape)
-        case "deepspeed-universal":
-            return deepspeed.make_universal(*_live(opened), shape)
         case "megatron":
-            return megatron.make(opened, shape)
+            alike, lost = _alike(opened)
+            return _having_lost(lost, megatron.make(alike, shape))
         case "megatron-dist":
-            return megatron.make_dist(opened)
+            alike, lost = _alike(opened)
+            return _having_lost(lost, megatron.make_dist(alike))
+    model = LiveModel.of(opened.metadata["model_config"])
+    live, lost = packed(opened, model) if model is not None else (opened, [])
+    if to == "deepspeed":
+        return _having_lost(lost, deepspeed.make(live, model, shape))
+    if to == "deepspeed-universal":
+        return _having_lost(lost, deepspeed.make_universal(live, model, shape))
     # Half a second of torch's, which the other formats do not need.
     from trainrt.checkpoint.targets import dcp
 
-    return dcp.make(*_live(opened))
+    return _having_lost(lost, dcp.make(live, model))
 
 
-def _live(opened: Opened) -> tuple[Opened, LiveModel | None]:
-    """The source under the names that its model has in memory, and that model where it is known."""
-    model = LiveModel.of(opened.metadata["model_config"])
-    return (opened, None) if model is None else (packed(opened, model), model)
+def _having_lost(lost: list[str], made: tuple[Opened, Target, list[str]]) -> tuple[Opened, Target, list[str]]:
+    """What is made of a source that has lost something on the way already."""
+    opened, target, more = made
+    return opened, target, [*lost, *more]
+
+
+def _alike(opened: Opened) -> tuple[Opened, list[str]]:
+    """Without the moments that have another shape than their parameter, and what those are."""
+    layout = opened.source.layout
+    shapes = {tensor.name: tensor.shape for tensor in layout.tensors.values() if tensor.role == "parameter"}
+    odd = {
+        tensor.key for tensor in layout.tensors.values()
+        if tensor.role not in MODEL_ROLES and tensor.shape != shapes.get(tensor.name)
+    }  # fmt: skip
+    if not odd:
+        return opened, []
+    lost = [f"{role}: has another shape than its parameter" for role in sorted({role for _, role in odd})]
+    return replace(opened, source=Without(opened.source, odd)), lost
 
 
 def _model(layout: Layout) -> Layout:

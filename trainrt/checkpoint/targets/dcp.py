@@ -45,9 +45,9 @@ def _items(training: Training) -> Iterator[Item]:
         if role in training.moments:
             yield from cut(TargetArray.whole(tensors[name, role]), [f"optim.state.{name}.{role}"])
     for group in training.groups:
-        if group.step is not None:
-            steps = tuple(f"optim.state.{name}.step" for name in group.names)
-            yield Item(torch.tensor(float(group.step)), steps, Box((), ()), ((), "float32"))
+        for step in sorted(set(group.steps.values())):
+            steps = tuple(f"optim.state.{name}.step" for name, taken in group.steps.items() if taken == step)
+            yield Item(torch.tensor(float(step)), steps, Box((), ()), ((), "float32"))
         for key, value in group.settings.items():
             yield Item(value, tuple(f"optim.param_groups.{name}.{key}" for name in group.names))
     yield Item(json.dumps(_ours(training)), (OURS,))
@@ -59,4 +59,11 @@ def _ours(training: Training) -> dict[str, Any]:
     metadata = {key: training.opened.metadata[key] for key in kept if key in training.opened.metadata}
     lowered = {t.name: t.dtype for t in training.parameters if (t.name, "master") in training.tensors}
     buffers = [tensor.name for tensor in training.buffers]
-    return {"metadata": metadata, "aliases": training.aliases, "lowered": lowered, "buffers": buffers}
+    scale = {"loss_scale": training.loss_scale} if training.loss_scale else {}
+    return {
+        "metadata": metadata,
+        "aliases": training.aliases,
+        "lowered": lowered,
+        "buffers": buffers,
+        "optimizer": scale,
+    }

@@ -25,6 +25,11 @@ from trainrt.errors import ConfigError
 SUB_GROUP_ELEMENTS = 10**9
 """Of a rank: how much stage 3 joins in one flat tensor (DeepSpeed's default of `sub_group_size`)."""
 LOSS_SCALER = "deepspeed.runtime.fp16.loss_scaler.LossScaler"
+DYNAMIC_LOSS_SCALER = "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"
+DYNAMIC = {
+    "cur_scale": 2.0**16, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2, "consecutive_hysteresis": False,
+}  # fmt: skip
+"""What float16 begins with (DeepSpeed's defaults), where the source had another precision."""
 FRAGMENT = "deepspeed.utils.tensor_fragment.fragment_address"
 Flat = dict[tuple[int, int], TargetArray]
 """(number of a flat tensor, rank) to what it is made of."""
@@ -55,12 +60,13 @@ def make_universal(opened: Opened, model: LiveModel | None, shape: Shape) -> tup
     ranks = _Ranks(training, shape.world or 1, stage)
     states = [("zero/optimizer_state.pt", ranks.common()), *ranks.model_states()]
     for group in training.groups:
+        step = group.step
         for name in group.names:
-            for file, role in [("fp32", training.master), *((role, role) for role in ranks.moments)]:
+            for file, role in [("fp32", training.master), *((role, role) for role in ranks.moments_of(name))]:
                 whole = TargetArray.whole(training.tensors[name, role])
                 states.append((f"zero/{name}/{file}.pt", {"param": whole}))
-            if group.step is not None:
-                states.append((f"zero/{name}/step.pt", torch.tensor(float(group.step))))
+            if step is not None:
+                states.append((f"zero/{name}/step.pt", torch.tensor(float(step))))
     files = [TargetFile(f"{ranks.tag}/{name}", (Skeleton.of(state),)) for name, state in states]
     lost = list(ranks.lost)
     if stage == 3 and any(group.settings != training.groups[0].settings for group in training.groups):
@@ -81,16 +87,25 @@ class _Ranks:
             Rule(f"flat.{number}", flat_expression({n: training.shape(n) for n in names}, world, stage))
             for number, (_, names) in enumerate(self._parts)
         ]
+        self._number = {name: number for number, (_, names) in enumerate(self._parts) for name in names}
         self._masters = self._flat(rules, training.master)
         self.lost = []
         self._moments: dict[str, Flat] = {}
-        trained = [name for group in training.groups for name in group.names]
         for role in training.moments:
-            shapes = {name: training.tensors[name, role].shape for name in trained if (name, role) in training.tensors}
-            if all(shapes.get(name) == training.shape(name) for name in trained):
-                self._moments[role] = self._flat(rules, role)
-            else:
-                self.lost.append(f"{role}: ZeRO keeps what has the shape of its parameter, for all of them")
+            held = {name for name, other in training.tensors if other == role}
+            whole = [number for number, (_, names) in enumerate(self._parts) if all(self._fits(n, role) for n in names)]
+            if whole:
+                self._moments[role] = self._flat([rules[number] for number in whole], role)
+            left = held - {name for number in whole for name in self._parts[number][1]}
+            if left:
+                self.lost.append(
+                    f"{role} of {len(left)} parameters: ZeRO keeps what has its parameter's shape, for all of a group"
+                )
+
+    def _fits(self, name: str, role: str) -> bool:
+        """Whether a parameter has this role, in its own shape."""
+        tensor = self._training.tensors.get((name, role))
+        return tensor is not None and tensor.shape == self._training.shape(name)
 
     def _sub_groups(self, group: Group) -> Iterator[tuple[Group, tuple[str, ...]]]:
         """Stage 3 joins as many parameters as reach the limit."""
@@ -112,10 +127,9 @@ class _Ranks:
             for a, lies in arrays
         }
 
-    @property
-    def moments(self) -> list[str]:
-        """The roles of the optimizer's state that ZeRO has a place for."""
-        return list(self._moments)
+    def moments_of(self, name: str) -> list[str]:
+        """The roles of a parameter's state that ZeRO has a place for."""
+        return [role for role, flat in self._moments.items() if (self._number[name], 0) in flat]
 
     def optimizer_states(self) -> Iterator[tuple[str, Any]]:
         """File names and states."""
@@ -140,7 +154,7 @@ class _Ranks:
         state = {number: {"step": torch.tensor(float(g.step or 0))} for number, (g, _) in enumerate(self._parts)}
         groups = self._optimizer(0)["param_groups"]
         return {
-            "loss_scaler": _loss_scaler(), "dynamic_loss_scale": False, "overflow": False, "clip_grad": 0.0,
+            **_loss_scale(self._training), "overflow": False, "clip_grad": 0.0,
             "zero_stage": self._stage, "partition_count": self._world, "ds_version": FORMAT_VERSION, "param_groups": groups,
             "optimizer_state_dict": {"state": state, "param_groups": groups},
         }  # fmt: skip
@@ -156,7 +170,7 @@ class _Ranks:
             masters.append(flat.shortened(max(0, flat.elements - paddings[-1])))
             addresses.append(self._addresses(names, rank * flat.elements, (rank + 1) * flat.elements))
         return {
-            "loss_scaler": _loss_scaler(), "dynamic_loss_scale": False, "overflow": False, "clip_grad": 0.0,
+            **_loss_scale(self._training), "overflow": False, "clip_grad": 0.0,
             "base_optimizer_state": self._optimizer(rank), "single_partition_of_fp32_groups": masters,
             "zero_stage": self._stage, "group_paddings": paddings,
             "param_alignment_paddings": [[0] * len(names) for _, names in self._parts],
@@ -178,7 +192,7 @@ class _Ranks:
     def _weights_state(self, rank: int) -> dict[str, Any]:
         """Stage 3: of every parameter this rank's range."""
         return {
-            "zero_stage": 3, "loss_scaler": _loss_scaler(), "dynamic_loss_scale": False, "overflow": False,
+            "zero_stage": 3, **_loss_scale(self._training), "overflow": False,
             "partition_count": self._world, "optimizer_state_dict": self._optimizer(rank),
             "fp32_flat_groups": [self._masters[number, rank] for number in range(len(self._parts))],
         }  # fmt: skip
@@ -187,9 +201,10 @@ class _Ranks:
         """As torch's optimizer shows its state, for flat tensors as parameters."""
         state = {}
         for number, (group, _) in enumerate(self._parts):
-            if group.step is not None and self._moments:
-                step = torch.tensor(float(group.step))
-                state[number] = {"step": step, **{role: flat[number, rank] for role, flat in self._moments.items()}}
+            moments = {role: flat[number, rank] for role, flat in self._moments.items() if (number, rank) in flat}
+            taken = group.step if moments else None
+            if moments:
+                state[number] = moments if taken is None else {"step": torch.tensor(float(taken)), **moments}
         groups = [
             {**group.settings, "params": [n for n, (other, _) in enumerate(self._parts) if other is group]}
             for group in self._training.groups
@@ -246,6 +261,12 @@ class _Ranks:
         }  # fmt: skip
 
 
-def _loss_scaler() -> Foreign:
-    """The constant one of training without float16."""
-    return Foreign(LOSS_SCALER, 1.0)
+def _loss_scale(training: Training) -> dict[str, Any]:
+    """Of float16 what the source says, else the constant one."""
+    if training.low != "float16":
+        return {"loss_scaler": Foreign(LOSS_SCALER, 1.0), "dynamic_loss_scale": False}
+    held = {**DYNAMIC, **(training.loss_scale or {"dynamic": True})}
+    if not held.get("dynamic"):
+        return {"loss_scaler": Foreign(LOSS_SCALER, held["cur_scale"]), "dynamic_loss_scale": False}
+    first = [held[key] for key in DYNAMIC]
+    return {"loss_scaler": Foreign(DYNAMIC_LOSS_SCALER, *first, state=held), "dynamic_loss_scale": True}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from zlib_ng import zlib_ng
 
+from trainrt.checkpoint.manifest import check_name
 from trainrt.checkpoint.targets.array import TargetArray
 from trainrt.checkpoint.targets.skeleton import Record, Skeleton
 from trainrt.checkpoint.targets.target import Unit, Written
-from trainrt.checkpoint.writer import CHUNK_BYTES, sync, write_range
-from trainrt.errors import CheckpointError
+from trainrt.checkpoint.writer import CHUNK_BYTES, not_written, sync, write_range
 from trainrt.parallel.layout import ITEM_BYTES, Layout
 
 ALIGNMENT = 64
@@ -70,6 +70,9 @@ class FilesTarget:
     """See targets.target.Target."""
 
     def __init__(self, files: Sequence[TargetFile], plain: Mapping[str, bytes]) -> None:
+        # Names of tensors become names of files in some formats.
+        for name in [*plain, *(file.name for file in files)]:
+            check_name(name, "a tensor of the source")
         self._files, self._plain = files, dict(plain)
         self._of_record: dict[tuple[str, int], list[ArrayUnit]] = {}
         for file in files:
@@ -107,8 +110,7 @@ class FilesTarget:
                     _write_around(out.fileno(), file)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            needed = sum(file.size for file in self._files)
-            raise CheckpointError(f"{work.parent}: no room for {needed} bytes: {error.strerror}") from error
+            raise not_written(work.parent, sum(file.size for file in self._files), error) from error
 
     def finish(self, work: Path, written: Written) -> Path:
         folder = self.folder(work)

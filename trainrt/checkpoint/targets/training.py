@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,19 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parameters that are trained alike, in their order; `step`: updates so far, None where the source has no optimizer."""
+    """Parameters that are trained alike, in their order; `steps`: updates so far of those that the source counts."""
 
     names: tuple[str, ...]
     settings: dict[str, Any]
-    step: int | None
+    steps: Mapping[str, int]
+
+    @property
+    def step(self) -> int | None:
+        """Of all of them, for formats that have one for a group. Raises CheckpointError where they differ."""
+        found = sorted(set(self.steps.values()))
+        if len(found) > 1:
+            raise CheckpointError(f"parameters of one group have taken {found} steps, and the format has one for all")
+        return found[0] if found else None
 
 
 class Training:
@@ -34,6 +43,7 @@ class Training:
         self.buffers = [t for t in tensors.values() if t.role == "buffer"]
         self.aliases: dict[str, str] = dict(opened.metadata.get("aliases", {}))
         self.step = opened.step
+        self.loss_scale: dict[str, Any] = (opened.metadata.get("optimizer") or {}).get("loss_scale", {})
         held = {tensor.name for tensor in self.parameters}
         self.moments = sorted({role for name, role in tensors if role not in ("parameter", "master", "buffer")})
         self.groups = self._groups(opened, held, model)
@@ -62,15 +72,15 @@ class Training:
             order = {name: number for number, name in enumerate(model.order if model is not None else ())}
             trained.sort(key=lambda name: order.get(name, len(order)))
             document = [{"tensors": trained, "hyperparameters": {}}]
+        mastered = {name for name, role in opened.source.layout.tensors if role == "master"}
+        # Where others have masters, what has neither that nor moments is frozen, whatever a format's groups say.
+        frozen = held - mastered - moved if mastered else set()
         settings = _defaults(optimizer.get("name", "adamw"))
         groups = []
         for entry in document:
-            names = tuple(name for name in entry["tensors"] if name in held and name not in self.aliases)
-            found = {steps[name] for name in names if name in steps and name in moved}
-            if len(found) > 1:
-                raise CheckpointError(f"{opened.path}: parameters of one group have taken {sorted(found)} steps")
-            step = found.pop() if found else None
-            groups.append(Group(names, {**settings, **_tuples(entry["hyperparameters"])}, step))
+            names = tuple(n for n in entry["tensors"] if n in held and n not in self.aliases and n not in frozen)
+            found = {name: steps[name] for name in names if name in steps and name in moved}
+            groups.append(Group(names, {**settings, **_tuples(entry["hyperparameters"])}, found))
         return groups
 
     def _with_masters(self, opened: Opened, trained: set[str]) -> Opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainrt.checkpoint.inspect import verify
 from trainrt.checkpoint.targets.array import UNIT
 from trainrt.checkpoint.targets.target import Unit, Written
 from trainrt.checkpoint.writer import ChunkPlan, WritePlan, chunk_layout, final_name, finish, partial, prepare
+from trainrt.errors import CheckpointError
 from trainrt.parallel.layout import Layout
 
 
@@ -20,6 +22,9 @@ class UniversalTarget:
     """See targets.target.Target."""
 
     def __init__(self, layout: Layout, metadata: Mapping[str, Any]) -> None:
+        for name, role in layout.tensors:
+            if not re.fullmatch(r"\w+", role):
+                raise CheckpointError(f"{name}: role {role!r}; allowed: letters, digits and _, as it names a file")
         self._plan = WritePlan.build(layout, dict(metadata), writers=[UNIT], writer_of_rank={})
         self.units = self._plan.chunks
 
