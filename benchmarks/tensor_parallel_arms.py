@@ -62,24 +62,21 @@ class Arm:
 
 
 class Ours(Arm):
-    """Plans derived from a run of the model; what the runtime does under `parallel.tp`."""
+    """Plans derived from a run of the model (on the batch of `planned`): what the runtime does under `parallel.tp`."""
 
-    def __init__(self, make: Make, loss: Loss, mesh: DeviceMesh) -> None:
+    def __init__(self, make: Make, loss: Loss, mesh: DeviceMesh, *, planned: Loss | None = None) -> None:
         def small() -> nn.Module:
             with hollow():
                 return make()
 
         model = make()
-        sharding = find_sharding(Blueprint(small, loss, ""), mesh.size()).spread(model)
+        sharding = find_sharding(Blueprint(small, planned or loss, ""), mesh.size()).spread(model)
         self._splits = sharding.splits
         self._axis = shard_model(model, sharding.splits, mesh)
         super().__init__(model, loss)
 
     def loss(self) -> Tensor:
         return full(super().loss())
-
-    def gathered(self) -> dict[str, int]:
-        return dict(self._axis.gathered)
 
     def pairs(self, wanted: Mapping[str, Tensor]) -> Iterator[Pair]:
         """What this rank holds, which need not be one run of indices as a DTensor's shard is."""
@@ -105,15 +102,16 @@ class HuggingFace(Arm):
 
 
 class DeepSpeed(Arm):
-    """AutoTP for training, on ZeRO's stage 0: gradients stay with the parameters."""
+    """AutoTP for training, automatic or a preset, on ZeRO's stage 0: gradients stay with the parameters."""
 
-    def __init__(self, make: Make, loss: Loss, mesh: DeviceMesh, *, samples: int) -> None:
+    def __init__(self, make: Make, loss: Loss, mesh: DeviceMesh, *, samples: int, preset: str | None) -> None:
         import deepspeed
 
         model = make()
+        named = {} if preset is None else {"preset_model": preset}
         config = {
             "train_micro_batch_size_per_gpu": samples,
-            "tensor_parallel": {"autotp_size": mesh.size()},
+            "tensor_parallel": {"autotp_size": mesh.size(), **named},
             "zero_optimization": {"stage": 0},
         }
         # An optimizer of its own would be stepped and would clear gradients; this one does neither.
@@ -186,6 +184,6 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _shaped(name: str, whole: Tensor, want: Tensor) -> Tensor:
     if whole.shape == want.shape:
         return whole
-    if whole.shape == want.mT.shape if want.ndim == 2 else False:  # GPT-2's Conv1D made a linear layer
-        return whole.mT
+    if whole.ndim == 2 and whole.T.shape == want.shape:  # GPT-2's Conv1D made a linear layer
+        return whole.T
     raise Unmatched(f"{name}: {tuple(whole.shape)} where one process has {tuple(want.shape)}")

@@ -25,12 +25,16 @@ from benchmarks.tensor_parallel_arms import Arm, DeepSpeed, HuggingFace, Ours, P
 from tests.parallel import architectures
 
 RANKS = 2
-FRAMEWORKS = {"ours": "trainrt", "hf": "Hugging Face tp_plan", "deepspeed": "DeepSpeed AutoTP"}
+FRAMEWORKS = {"ours": "trainrt tp 2", "hf": "Hugging Face tp_plan", "deepspeed": "DeepSpeed AutoTP"}
 LOSS_ERROR, GRADIENT_ERROR, STEPPED_ERROR = 1e-6, 5e-6, 1e-5
 NOTHING = 1e-6
 """Gradients smaller than this part of all are rounding (a key's bias moves no softmax): they have to stay so small."""
 REPLICATED = 0.95
+PRESETS = ("llama", "bloom", "mixtral", "deepseek_v2", "qwen2", "phi3")
+"""Families that DeepSpeed has a plan for besides the automatic one, under the same names."""
 STEPS, RATE = 3, 0.05
+GRACE = 10.0
+"""Seconds that a rank may be later than the other."""
 
 
 @dataclass(slots=True)
@@ -60,7 +64,7 @@ def loss_of(family: str, model: Any) -> Tensor:
     return model(**architectures.batch(family), **words).loss
 
 
-def split(framework: str, family: str, saved: Path) -> Arm:
+def split(framework: str, family: str, saved: Path, preset: str | None) -> Arm:
     mesh = init_device_mesh("cpu", (RANKS,))
     make = functools.partial(architectures.model, family)
     loss = functools.partial(loss_of, family)
@@ -68,18 +72,16 @@ def split(framework: str, family: str, saved: Path) -> Arm:
         return Ours(make, loss, mesh)
     if framework == "hf":
         return HuggingFace(type(make()), saved, loss, mesh, attention="eager")
-    return DeepSpeed(make, loss, mesh, samples=architectures.SAMPLES)
+    return DeepSpeed(make, loss, mesh, samples=architectures.SAMPLES, preset=preset)
 
 
-def examine(framework: str, family: str, saved: Path, cell: Cell) -> None:
+def examine(framework: str, family: str, saved: Path, preset: str | None, cell: Cell) -> None:
     """Fill the cell: split, run, compare with one process."""
     single = architectures.model(family)
     expected = loss_of(family, single)
     expected.backward()
-    wanted = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in single.named_parameters()
-    }
-    arm = split(framework, family, saved)
+    wanted = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in single.named_parameters()}
+    arm = split(framework, family, saved, preset)
     cell.held = arm.held() / sum(p.numel() for p in single.parameters())
     cell.stage = "running"
     loss = arm.loss()
@@ -123,7 +125,7 @@ def stepped(arm: Arm) -> float:
     return float(loss)
 
 
-def worker(framework: str, family: str, folder: Path, rank: int) -> None:
+def worker(framework: str, family: str, folder: Path, preset: str | None, rank: int) -> None:
     """One rank of one cell: what it saw goes into a file, what it prints into another."""
     log = os.open(folder / f"log-{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, sys.stdout.fileno())
@@ -133,7 +135,7 @@ def worker(framework: str, family: str, folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'ranks'}", rank=rank, world_size=RANKS)
     cell = Cell()
     try:
-        examine(framework, family, folder / "saved", cell)
+        examine(framework, family, folder / "saved", preset, cell)
     except Exception as error:
         cell.error = f"{type(error).__name__}: {' '.join(str(error).split())}"
         traceback.print_exc()
@@ -142,28 +144,28 @@ def worker(framework: str, family: str, folder: Path, rank: int) -> None:
     os._exit(0)
 
 
-def measure(framework: str, family: str, *, seconds: float, keep: Path | None) -> list[Cell]:
+def measure(framework: str, family: str, *, seconds: float, logs: Path | None, preset: str | None = None) -> list[Cell]:
     """Both ranks of a cell in fresh processes; a rank that says nothing has no cell."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         architectures.model(family).save_pretrained(folder / "saved")
         context = mp.get_context("forkserver")
-        ranks = [context.Process(target=worker, args=(framework, family, folder, rank)) for rank in range(RANKS)]
+        common = (framework, family, folder, preset)
+        ranks = [context.Process(target=worker, args=(*common, rank)) for rank in range(RANKS)]
+        files = [folder / f"cell-{rank}" for rank in range(RANKS)]
         for process in ranks:
             process.start()
         deadline = time.monotonic() + seconds
         while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
-            if any((folder / f"cell-{rank}").exists() for rank in range(RANKS)):
-                # Its peer has the same to say, or waits for it in vain.
-                deadline = min(deadline, time.monotonic() + 10)
+            if any(file.exists() for file in files):
+                # Its peer has the same to say soon, or waits for it in vain.
+                deadline = min(deadline, time.monotonic() + GRACE)
         for process in ranks:
             process.kill()
             process.join()
-        if keep is not None:
-            for log in folder.glob("log-*"):
-                (keep / f"{family}-{framework}-{log.name}").write_text(log.read_text())
-        files = [folder / f"cell-{rank}" for rank in range(RANKS)]
+        for log in folder.glob("log-*") if logs is not None else ():
+            (logs / f"{family}-{framework}-{log.name}").write_text(log.read_text())
         return [Cell(**json.loads(file.read_text())) for file in files if file.exists()]
 
 
@@ -192,27 +194,41 @@ def verdict(cells: list[Cell], seconds: float) -> str:
     return f"wrong: {cell.off} of {cell.compared} gradients, {cell.name} by {cell.worst:.0e} ({held})"
 
 
-def _short(error: str, most: int = 90) -> str:
-    return error if len(error) <= most else f"{error[:most]}..."
+def _short(error: str, most: int = 80) -> str:
+    """The message without its class, cut after a word."""
+    said = error.partition(": ")[2] or error
+    return said if len(said) <= most else f"{said[:most].rpartition(' ')[0]} ..."
 
 
-def coverage(families: list[str], frameworks: list[str], *, markdown: bool, seconds: float, keep: Path | None) -> None:
+def tell(framework: str, family: str, *, seconds: float, logs: Path | None) -> str:
+    """A cell's text. DeepSpeed's preset is asked where the automatic plan fails."""
+    text = verdict(measure(framework, family, seconds=seconds, logs=logs), seconds)
+    if framework == "deepspeed" and family in PRESETS and not text.startswith("right"):
+        preset = verdict(measure(framework, family, seconds=seconds, logs=logs, preset=family), seconds)
+        return f"{preset}, by preset" if preset.startswith("right") else f"{text}; by preset {preset}"
+    return text
+
+
+def coverage(families: list[str], frameworks: list[str], *, markdown: bool, seconds: float, logs: Path | None) -> None:
     transformers.utils.logging.disable_progress_bar()
     mp.get_context("forkserver").set_forkserver_preload(["benchmarks.tensor_parallel_coverage"])
-    table: dict[str, dict[str, str]] = {}
+    table: dict[str, list[str]] = {}
     for family in families:
-        table[family] = {}
+        label = architectures.FAMILIES[family].label
+        table[label] = []
         for framework in frameworks:
-            cells = measure(framework, family, seconds=seconds, keep=keep)
-            table[family][framework] = verdict(cells, seconds)
-            if not markdown:
-                print(f"{architectures.FAMILIES[family].label:20s} {framework:10s} {table[family][framework]}", flush=True)
+            table[label].append(tell(framework, family, seconds=seconds, logs=logs))
+            line = f"{label:20s} {FRAMEWORKS[framework]:22s} {table[label][-1]}"
+            print(line, file=sys.stderr if markdown else sys.stdout, flush=True)
     if markdown:
-        print(f"| family | {' | '.join(f'{FRAMEWORKS[f]} tp {RANKS}' if f == 'ours' else FRAMEWORKS[f] for f in frameworks)} |")
-        print("|---" * (1 + len(frameworks)) + "|")
-        for family, row in table.items():
-            cells = [text.replace("|", "\\|") for text in row.values()]
-            print(f"| {architectures.FAMILIES[family].label} | {' | '.join(cells)} |")
-    for framework in frameworks:
-        right = sum(row[framework].startswith("right") for row in table.values())
-        print(f"{'' if not markdown else chr(10)}{FRAMEWORKS[framework]}: {right} of {len(table)} right")
+        print(as_markdown(table, frameworks))
+    for column, framework in enumerate(frameworks):
+        right = sum(row[column].startswith("right") for row in table.values())
+        print(f"{FRAMEWORKS[framework]}: {right} of {len(table)} right")
+
+
+def as_markdown(table: Mapping[str, list[str]], frameworks: list[str]) -> str:
+    heads = ("family", *(FRAMEWORKS[framework] for framework in frameworks))
+    rows = [[label, *(text.replace("|", "\\|") for text in row)] for label, row in table.items()]
+    lines = (heads, ["---"] * len(heads), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
