@@ -57,7 +57,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"parallel": {"mode": "explict"}}, ["parallel.mode", 'did you mean "explicit"', "'auto'"]),
     ({"data": {"global_batch": 10, "microbatch": 4}}, ["data.microbatch = 4", "data.global_batch = 10", "1, 2, 5, 10"]),
     ({"parallel": {**EXPLICIT, "fsdp": 3}}, ["parallel", "1*1*3*1*1 = 3", "cluster.nodes", "= 4"]),
-    ({"parallel": {**EXPLICIT, "tp": 4}}, ["parallel.tp = 4", "model.config.kv_heads = 2", "1, 2"]),
+    (
+        {"parallel": {**EXPLICIT, "tp": 4}, "model": {"config": {"heads": 2}}},
+        ["parallel.tp = 4", "model.config.heads = 2", "1, 2"],
+    ),
     ({"parallel": {**EXPLICIT, "fsdp": 4, "ep": 3}}, ["parallel.ep = 3", "dp*fsdp*cp*tp = 4", "1, 2, 4"]),
     (
         {"parallel": {**EXPLICIT, "fsdp": 4, "ep": 4}, "moe": {"experts": 6}},
@@ -65,7 +68,6 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"parallel": {**EXPLICIT, "pp": 2, "fsdp": 2}}, ["parallel.pp = 2", "not built yet"]),
     ({"parallel": {**EXPLICIT, "cp": 2, "fsdp": 2}}, ["parallel.cp = 2", "not built yet"]),
-    ({"parallel": {**EXPLICIT, "tp": 2, "fsdp": 2, "ep": 2}}, ["parallel.tp = 2", "parallel.ep = 2", "not built yet"]),
     ({"engine": {"kind": "deepspeed"}}, ["engine.kind", "not built yet"]),
     ({"moe": {"zero_experts": 1}}, ["moe.zero_experts = 1", "not built yet"]),
     ({"moe": {"degree": 4}}, ["moe.degree = 4", "not built yet"]),

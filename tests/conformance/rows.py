@@ -25,6 +25,21 @@ class Row:
 RECOMPUTE = {"model": {"dtype": "float64", "activation_checkpointing": True}}
 FP64 = {"model": {"dtype": "float64"}}
 DETERMINISTIC = {"run": {"deterministic": True}, **FP64}
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "vocab_size": 64}
+FUSED = {
+    "model": {
+        "dtype": "float64",
+        "config": {**SMALL, "model_type": "falcon", "num_attention_heads": 6, "num_kv_heads": 1, "multi_query": True,
+                   "new_decoder_architecture": False, "bos_token_id": 1, "eos_token_id": 2},
+    }
+}  # fmt: skip
+MIXTURE = {
+    "model": {
+        "dtype": "float64",
+        "config": {**SMALL, "model_type": "mixtral", "intermediate_size": 32, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    }
+}  # fmt: skip
 ROWS = [
     Row("fsdp 4", {"fsdp": 4}, {"tp": 2, "fsdp": 2}, sections=FP64),
     Row("fsdp 3 (uneven)", {"fsdp": 3}, {"fsdp": 4}, sections=FP64),
@@ -40,8 +55,13 @@ ROWS = [
     Row("activation checkpointing, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2}, sections=RECOMPUTE),
     Row("deterministic, dp 2 x fsdp 2", {"dp": 2, "fsdp": 2}, {"fsdp": 3}, sections=DETERMINISTIC),
     Row("deterministic, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"fsdp": 2, "ep": 2}, sections=DETERMINISTIC),
+    Row("tp 2 x ep 2", {"tp": 2, "fsdp": 2, "ep": 2}, {"fsdp": 3}, sections=FP64),
+    Row("tp 4, fewer key heads", {"tp": 4}, {"fsdp": 2}, sections=FP64),
     Row("llama fsdp 4", {"fsdp": 4}, {"tp": 2}, kind="huggingface", sections=FP64),
     Row("llama tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"fsdp": 3}, kind="huggingface", sections=FP64),
+    Row("fused q, k and v: tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"tp": 3}, kind="huggingface", sections=FUSED),
+    Row("mixtral ep 2", {"fsdp": 2, "ep": 2}, {"tp": 2}, kind="huggingface", sections=MIXTURE),
+    Row("mixtral tp 2 x ep 4", {"tp": 2, "fsdp": 2, "ep": 4}, {"fsdp": 2}, kind="huggingface", sections=MIXTURE),
 ]  # fmt: skip
 
 COLUMNS = ("parity", "layout digest", "resume on another mesh", "kill and restore")

@@ -124,7 +124,7 @@ def model(family: str, *, attention: str = "eager", seed: int = 0) -> Any:
     return made
 
 
-def batch(family: str) -> dict[str, Tensor]:
+def batch(family: str) -> dict[str, Any]:
     """Two samples with labels, of which some count and some do not; the second one is padded at its end."""
     if family == "vit":
         generator = torch.Generator().manual_seed(0)
@@ -140,3 +140,18 @@ def batch(family: str) -> dict[str, Tensor]:
     mask[1, -4:] = 0
     labels[1, -4:] = IGNORED
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def loss(family: str, made: Any, inputs: dict[str, Any]) -> Tensor:
+    """Cross entropy over the labels that count, in the model's dtype."""
+    dtype = next(made.parameters()).dtype
+    given: dict[str, Any] = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()
+    }
+    labels = given["labels"]
+    if not made.config.is_encoder_decoder:
+        given.pop("labels")
+    if family not in ("vit", "bert"):
+        given["use_cache"] = False
+    logits = made(**given).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
