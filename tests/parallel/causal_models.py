@@ -72,17 +72,19 @@ ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 
 OVERRIDES: dict[str, Fields] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt_local_encoder": {"hidden_size_global": HIDDEN},
+    "blt_local_decoder": {"hidden_size_global": HIDDEN},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
-    "dots3_note_vision": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
-    "dots3_note_audio": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
     "dots3_note_text": {
         "per_layer_config": {
-            "02": {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 24, "qk_nope_head_dim": 16}
+            "02": {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "head_dim": 24}
         }
     },
     "dory": {
@@ -90,6 +92,15 @@ OVERRIDES: dict[str, Fields] = {
         "num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
     },
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {
+        "backbone_hidden_size": HIDDEN,
+        "text_config": {
+            "model_type": "gemma4_text", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 128,
+            "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": 16, "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2, "sliding_window": 8,
+            "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "per_layer_config": {},
+        },
+    },
     "gemma4_text": {"per_layer_config": {"01": {"head_dim": 32}}},
     "gemma4_unified_text": {"per_layer_config": {"01": {"head_dim": 32}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},

@@ -28,13 +28,17 @@ EXACT = (1e-12, 1e-12)
 SINGLE = (1e-6, 5e-6)
 """Largest relative errors of the loss and of gradients, in fp64 and fp32."""
 
-FLOOR = 1e-6
-"""Of the norm of all gradients: a smaller one is compared as if it had this."""
+FLOOR = 1e-4
+"""Of the norm of all gradients: a smaller one is compared as if it had this. Those of keys' biases are rounding only."""
 
 
 @dataclass
 class Outcome:
-    """result: right, refused, not buildable, wrong. gathered: operators of one forward pass that had to gather."""
+    """result: right, refused, not buildable, wrong.
+
+    held: of the parameters that a run reaches, the fraction that rank 0 holds. gathered: operators of one forward pass that
+    had to gather.
+    """
 
     result: str
     reason: str = ""
@@ -60,6 +64,8 @@ def inputs(model: nn.Module, *, samples: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary - 3, (samples, causal_models.LENGTH), generator=generator)
     given: dict[str, Any] = {"input_ids": ids}
+    if "shared_kv_states" in names:
+        return _drafted(model, samples)
     if "use_cache" in names or "kwargs" in names:
         given["use_cache"] = False
     if "attention_mask" in names and samples > 1:
@@ -68,11 +74,30 @@ def inputs(model: nn.Module, *, samples: int) -> dict[str, Any]:
     return given
 
 
+def _drafted(model: nn.Module, samples: int) -> dict[str, Any]:
+    """A draft model reads the last hidden states, and the keys and values, of the model that it drafts for."""
+    text, kind = model.config.get_text_config(), next(model.parameters()).dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(kind)
+
+    states = {}
+    for layer, name in enumerate(text.layer_types):
+        layered = text.per_layer_config[layer] if text.per_layer_config else text
+        shape = (samples, layered.num_key_value_heads, causal_models.LENGTH, layered.head_dim)
+        states[name] = (random(*shape), random(*shape))
+    hidden = random(samples, causal_models.LENGTH, 2 * model.config.backbone_hidden_size)
+    # Asked for hidden states, it computes all positions.
+    return {"inputs_embeds": hidden, "shared_kv_states": states, "output_hidden_states": True}
+
+
 def loss_of(model: nn.Module, *, samples: int) -> Tensor:
     """The mean loss of predicting next tokens."""
     given = inputs(model, samples=samples)
     logits = model(**given).logits
-    labels = given["input_ids"].roll(-1, 1).masked_fill(given.get("attention_mask", torch.ones(())) == 0, -100)
+    labels = given.get("input_ids", torch.arange(logits.shape[1]).expand(logits.shape[:2])).roll(-1, 1)
+    labels = labels.masked_fill(given.get("attention_mask", torch.ones(())) == 0, -100)
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
@@ -123,6 +148,11 @@ def check(rank: int, kind: str, exact: bool) -> Outcome:
     except Exception as error:
         return Outcome("not buildable", _said(error))
     try:
+        loss_of(model, samples=2).backward()
+    except Exception as error:
+        return Outcome("not buildable", f"a single process: {_said(error)}")
+    model.zero_grad()
+    try:
         sharding = planned(kind).spread(model)
     except PlanError as error:
         return Outcome("refused", str(error))
@@ -135,25 +165,25 @@ def check(rank: int, kind: str, exact: bool) -> Outcome:
         loss = loss_of(model, samples=2)
         loss.backward()
     except Exception as error:
-        return Outcome("not buildable", f"a single process: {_said(error)}")
+        return Outcome("not buildable", f"a single process in fp64: {_said(error)}")
     if not sharding.splits:
         reasons = Counter(sharding.rules.values()).most_common(3)
         return Outcome("refused", "nothing can be cut: " + "; ".join(reason for reason, _ in reasons))
     expected = gradients(model)
+    used = {name: p.numel() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    total = sum(p.numel() for p in model.parameters())
-    axis = shard_model(model, sharding.splits, mesh)
-    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+    axis = shard_model(model, sharding.splits, init_device_mesh("cpu", (dist.get_world_size(),)))
+    parts = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    held = sum(parts[name].numel() for name in used) / sum(used.values())
     try:
         made = loss_of(model, samples=2)
         gathered = dict(axis.gathered)
         made.backward()
     except NotImplementedError as error:
-        return Outcome("refused", f"sharded: {_said(error)}", held=held / total)
+        return Outcome("refused", f"sharded: {_said(error)}", held=held)
     except Exception as error:
-        return Outcome("wrong", f"sharded: {_said(error)}", held=held / total)
-    outcome = Outcome("", "", "fp64" if exact else "fp32", held / total, gathered=gathered)
+        return Outcome("wrong", f"sharded: {_said(error)}", held=held)
+    outcome = Outcome("", "", "fp64" if exact else "fp32", held, gathered=gathered)
     outcome.loss = abs(made.item() - loss.item()) / abs(loss.item())
     everything = sum(float(value.double().square().sum()) for value in expected.values()) ** 0.5
     for name, value in gradients(model).items():
