@@ -21,7 +21,7 @@ Fields = dict[str, Any]
 
 WIDTHS = re.compile(
     r"(hidden_size|d_model|n_embd|emb_dim|embedding_dim|lru_width|word_embed_proj_dim|embed_proj_dim|attention_hidden_size"
-    r"|embedding_size|embed_dim|mamba_d_ssm)$"
+    r"|embedding_size|embed_dim)$"
 )
 """Fields that are in proportion to the width of the model."""
 
@@ -42,6 +42,7 @@ SIZES: list[tuple[str, int]] = [
     (r"(first_k_dense_replace|num_dense_layers|mlp_only_layers)$", 1),
     (r"q_lora_rank$", 24),
     (r"(lora_rank|_rank|lowrank)$", 16),
+    (r"hidden_size_per_layer_input$", 16),
     (r"(index_head_dim|indexer_head_dim)$", 16),
     (r"qk_head_dim$", 16),
     (r"(d_state|state_size|time_step_rank|dt_rank)$", 8),
@@ -91,6 +92,7 @@ OVERRIDES: dict[str, Fields] = {
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
         "num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
     },
+    "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {
         "backbone_hidden_size": HIDDEN,
@@ -122,6 +124,10 @@ OVERRIDES: dict[str, Fields] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
 }  # fmt: skip
 """What a type needs beside what the names of its fields tell."""
+
+
+TRAINED = ("reformer",)
+"""Types that have gradients in training mode only."""
 
 
 def shrunk(fields: Fields) -> Fields:
@@ -234,7 +240,7 @@ def configuration(kind: str) -> Any:
 
 
 def build(config: Any) -> nn.Module:
-    """The model with random weights, in evaluation mode."""
+    """The model with random weights, in evaluation mode where it has gradients there."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -243,4 +249,4 @@ def build(config: Any) -> nn.Module:
         # The class is for a part of the configuration: a decoder's, or that of text.
         config = next((part for part in vars(config).values() if isinstance(part, cls.config_class)), config)
         config._attn_implementation = "eager"
-    return cls._from_config(config).float().eval()
+    return cls._from_config(config).float().train(config.model_type in TRAINED)

@@ -62,7 +62,8 @@ def inputs(model: nn.Module, *, samples: int) -> dict[str, Any]:
     names = inspect.signature(model.forward).parameters
     vocabulary = min(getattr(model.config, "vocab_size", None) or causal_models.VOCABULARY, causal_models.VOCABULARY)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary - 3, (samples, causal_models.LENGTH), generator=generator)
+    rows = samples * getattr(model, "num_codebooks", 1)
+    ids = torch.randint(3, vocabulary - 3, (rows, causal_models.LENGTH), generator=generator)
     given: dict[str, Any] = {"input_ids": ids}
     if "shared_kv_states" in names:
         return _drafted(model, samples)

@@ -92,19 +92,33 @@ class Flow:
     reductions: int = 0
     known: bool = False
     together: list[Indices] = field(default_factory=list)
+    wide: list[tuple[Op, Tensor, list[int]]] = field(default_factory=list)
 
     def walk(self) -> None:
         """Follow the tape once. `known`: groups of an earlier walk are there to be relied on."""
         from trainrt.parallel.planner.operators import follow
 
         self.labels, self.weights, self.edges, self.uses, self.reductions = {}, {}, [], [], 0
-        self.together = []
+        self.together, self.wide = [], []
         self.plain, self.direct, self.rows = {}, set(), {}
         self.tainted = set(self.tape.inputs)
         for name, ref in self.tape.parameters.items():
             self.weights[ref.storage] = Weight.of_parameter(name, ref)
         for op in self.tape.ops:
             follow(self, op)
+
+    def narrowed(self) -> bool:
+        """Join groups that would split a tensor along two dimensions: only the outermost tells them apart then.
+
+        Returns whether there were any. Raises Conflict where no joining helps.
+        """
+        edges = len(self.edges)
+        for _, label, varying in self.wide:
+            self.join_along(label, varying[1:])
+        if self.wide and not self.atoms.join(self.edges[edges:]):
+            op = self.wide[0][0]
+            raise Conflict(f"{op.func} would split its result along two dimensions ({op.module})")
+        return bool(self.wide)
 
     # What is known of a tensor.
 
