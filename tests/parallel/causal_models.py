@@ -117,7 +117,7 @@ OVERRIDES: dict[str, Fields] = {
         "indexer_compress_ratio": 4,
     },
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds": False, "num_buckets": 4, "attn_layers": ["local", "lsh"]},
+    "reformer": {"axial_pos_embds": False, "hash_seed": 0, "num_buckets": 4, "attn_layers": ["local", "lsh"]},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 4},
