@@ -126,7 +126,7 @@ class Chooser:
             found = self._bound(flow)
             changed |= atoms.join(pairs for _, pairs in found)
             bound = {key[0]: key for key, _ in found}
-            if flow.known and not changed:
+            if flow.known and not changed and not flow.narrowed():
                 break
             flow.known = True
         return self._grouped(flow, active, bound), flow

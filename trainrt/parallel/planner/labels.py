@@ -44,6 +44,10 @@ class Atoms:
     def of(self, key: Dim) -> slice:
         return slice(self.first[key], self.first[key] + self.size[key])
 
+    def parameter(self, atoms: Indices) -> Indices:
+        """A number for each atom that tells the dimension of the parameter it belongs to."""
+        return np.searchsorted(np.fromiter(self.first.values(), np.int64), atoms, side="right")
+
     def join(self, pairs: Iterable[Indices]) -> bool:
         """Join what stands in a row of (n, 2) arrays. Returns whether anything changed."""
         edges = [np.unique(self.group[pair], axis=0) for pair in pairs]
@@ -92,19 +96,37 @@ class Flow:
     reductions: int = 0
     known: bool = False
     together: list[Indices] = field(default_factory=list)
+    wide: list[tuple[Op, Tensor, list[int]]] = field(default_factory=list)
 
     def walk(self) -> None:
         """Follow the tape once. `known`: groups of an earlier walk are there to be relied on."""
         from trainrt.parallel.planner.operators import follow
 
         self.labels, self.weights, self.edges, self.uses, self.reductions = {}, {}, [], [], 0
-        self.together = []
+        self.together, self.wide = [], []
         self.plain, self.direct, self.rows = {}, set(), {}
         self.tainted = set(self.tape.inputs)
         for name, ref in self.tape.parameters.items():
             self.weights[ref.storage] = Weight.of_parameter(name, ref)
         for op in self.tape.ops:
             follow(self, op)
+
+    def narrowed(self) -> bool:
+        """Join groups that would split a tensor along two dimensions: only the outermost tells them apart then.
+
+        Weights stacked along a dimension are cut alike, rather than dealt to ranks one by one. Returns whether there were any.
+        Raises Conflict where no joining helps.
+        """
+        edges = len(self.edges)
+        for _, label, varying in self.wide:
+            parameter = torch.from_numpy(self.atoms.parameter(label.numpy()))
+            within = (dim for dim in varying if bool((parameter == parameter.narrow(dim, 0, 1)).all()))
+            kept = next(within, varying[0])
+            self.join_along(label, [dim for dim in varying if dim != kept])
+        if self.wide and not self.atoms.join(self.edges[edges:]):
+            op = self.wide[0][0]
+            raise Conflict(f"{op.func} would split its result along two dimensions ({op.module})")
+        return bool(self.wide)
 
     # What is known of a tensor.
 

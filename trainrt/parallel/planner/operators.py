@@ -30,6 +30,8 @@ MOVEMENT = {
 }  # fmt: skip
 EXTREMES = {"amax", "amin", "max", "min", "argmax", "argmin", "prod", "any", "all"}
 SUMS = {"sum", "mean", "var", "var_mean", "std", "linalg_vector_norm", "norm"}
+WRITES = {"index_add": 3, "index_copy": 3, "scatter": 3, "scatter_add": 3}
+"""Movement of rows into rows along a dimension (the first argument), and which argument brings them."""
 SCANS = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "kthvalue"}
 CONTRACTIONS = {"mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "_grouped_mm", "addbmm", "mv"}
 ALIKE = {"zeros_like", "empty_like", "ones_like", "full_like", "rand_like"}
@@ -71,15 +73,11 @@ def _rule(op: Op) -> Callable[[Flow, Op], None] | None:
         return convolve
     if name in SPECIAL:
         return SPECIAL[name]
-    if name in IDENTITY or torch.Tag.pointwise in op.func.tags or name == "copy":
+    if name in IDENTITY or name in ("copy", "masked_fill") or torch.Tag.pointwise in op.func.tags:
         return pointwise
     if name in MOVEMENT:
         return movement
-    if name in SUMS or name in EXTREMES:
-        return reduction
-    if name in SCANS:
-        return scan
-    return None
+    return reduction if name in SUMS or name in EXTREMES else scan if name in SCANS else None
 
 
 def _is_view(op: Op) -> bool:
@@ -108,15 +106,15 @@ def plain(flow: Flow, op: Op) -> None:
 
 
 def _check(flow: Flow, op: Op) -> None:
-    """The runtime splits a tensor along one dimension: groups must not differ along two."""
+    """The runtime splits a tensor along one dimension: where groups differ along several, the outermost stays."""
     for ref in op.outputs:
         label = flow.label(ref)
         if label is None or ref.data is not None:
             continue
         groups = flow.group(label)
-        varying = sum(bool((groups != groups.narrow(dim, 0, 1)).any()) for dim in range(groups.dim()))
-        if varying > 1:
-            raise Conflict(f"{op.func} would split its result along two dimensions ({op.module})")
+        varying = [dim for dim in range(groups.dim()) if bool((groups != groups.narrow(dim, 0, 1)).any())]
+        if len(varying) > 1:
+            flow.wide.append((op, label, varying))
         flow.together.append(np.unique(groups.numpy()))
 
 
@@ -180,10 +178,10 @@ def movement(flow: Flow, op: Op) -> None:
         _weight_movement(flow, op)
         return
     out = op.outputs[0]
-    if op.name == "index_add":
-        # Rows are added to rows: those that none is added to are split like the others.
-        added = _label_of(flow, op.args[3], op)
-        label = flow.merge([_label_of(flow, op.args[0], op), added.narrow(op.args[1], 0, 1)], out.size)
+    if op.name in WRITES:
+        label = _written(flow, op)
+    elif op.name == "constant_pad_nd":
+        label = _padded(flow, _label_of(flow, op.args[0], op), op.args[1])
     else:
         values = tree_map(
             lambda value: _label_of(flow, value, op) if isinstance(value, Ref) else value, (op.args, op.kwargs)
@@ -207,9 +205,32 @@ def _alike(flow: Flow, labels: list[Tensor], dim: int = 0) -> list[Tensor]:
     return [label if label.any() or label.dim() != first.dim() else one.expand_as(label) for label in labels]
 
 
+def _written(flow: Flow, op: Op) -> Tensor:
+    """Rows put among rows: those that none is put to, or a constant, are split like the others."""
+    into, brought = _label_of(flow, op.args[0], op), op.args[WRITES[op.name]]
+    if not isinstance(brought, Ref):
+        return into
+    added = _label_of(flow, brought, op)
+    dim = op.args[1]
+    rest = [n for d, n in enumerate(added.shape) if d != dim % added.dim()]
+    if rest != [n for d, n in enumerate(into.shape) if d != dim % into.dim()] or not added.shape[dim]:
+        raise Conflict(f"{op.func} into a part of split rows ({op.module})")
+    flow.join_along(added, [dim])
+    return flow.merge([into, added.narrow(dim, 0, 1)], tuple(into.shape))
+
+
+def _padded(flow: Flow, label: Tensor, sizes: list[int]) -> Tensor:
+    """What is padded along a dimension that is not split is split like the rest."""
+    for i in range(0, len(sizes), 2):
+        dim = label.dim() - 1 - i // 2
+        around = [0] * (2 * (i // 2)) + list(sizes[i : i + 2])
+        alike = label.shape[dim] > 0 and flow.same_along(label, [dim])
+        wide = torch.nn.functional.pad(label, around)
+        label = label.narrow(dim, 0, 1).expand_as(wide) if alike else wide
+    return label
+
+
 def _without_value(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if op.name == "constant_pad_nd":
-        return (*args[:2], 0)
     if op.name in ("index_put", "_index_put_impl"):
         return (*args[:3], False)
     return args

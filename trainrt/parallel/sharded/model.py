@@ -84,7 +84,10 @@ def full(value: Any) -> Any:
 
 
 def _let_functions_run_locally() -> None:
-    """A model's own autograd.Function is applied to local parts: it would lose its gradient inside a shell."""
+    """A model's own autograd.Function is applied to local parts: it would lose its gradient inside a shell.
+
+    Where its tensors are not all split alike it is applied to whole ones, like an operator without a rule.
+    """
     original = torch.autograd.Function.__dict__["apply"]
     if getattr(original, "_of_trainrt", False):
         return
@@ -94,14 +97,20 @@ def _let_functions_run_locally() -> None:
         if not shells:
             return original.__func__(cls, *args, **kwargs)
         first = next((shell for shell in shells if shell.along is not None), shells[0])
-        if any((shell.along, shell.owners) != (first.along, first.owners) for shell in shells):
-            raise NotImplementedError(f"{cls.__name__} on tensors that are split differently")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(not isinstance(one, Sharded) or _split_of(one) != _split_of(first) for one in tensors):
+            first.axis.gathered[cls.__name__] += 1
+            return original.__func__(cls, *full(args), **full(kwargs))
         args, kwargs = tree_map_only(Sharded, lambda shell: shell.local, (args, kwargs))
         return tree_map_only(Tensor, lambda made: _like(made, first, cls), original.__func__(cls, *args, **kwargs))
 
     method = classmethod(apply)
     method._of_trainrt = True  # type: ignore[attr-defined]
     torch.autograd.Function.apply = method  # type: ignore[method-assign, assignment]
+
+
+def _split_of(shell: Sharded) -> tuple[Any, ...]:
+    return shell.along, shell.owners, shell.partial
 
 
 def _like(made: Tensor, first: Sharded, cls: Any) -> Tensor:

@@ -203,14 +203,35 @@ def gather(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 
 
 def index_add(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
-    x: Any = args[0]
-    dim, where, source = args[1] % x.ndim, args[2], args[3]
-    name = func.overloadpacket.__name__
-    owners = common([(x, x.along), (source, x.along)]) if is_split(x) else None
-    if owners is None or x.along == dim or owners is not x.owners:
+    """Rows added to rows, or put in their place, along a whole dimension."""
+    x, dim, where, source = args[0], args[1] % args[0].ndim, args[2], args[3]
+    if not is_split(x) and not is_split(source):
         return NotImplemented
-    result = func(x.local, dim, where, part(axis, source, x.along, owners), *args[4:], **kwargs)
-    return x if name.endswith("_") else wrapped(axis, result, x.along, owners)
+    along = x.along if is_split(x) else source.along
+    owners = common([(x, along), (source, along)])
+    in_place = func.overloadpacket.__name__.endswith("_")
+    if owners is None or along == dim or (in_place and (not is_split(x) or x.owners is not owners)):
+        return NotImplemented
+    own = [part(axis, value, along, owners) for value in (x, source)]
+    result = func(own[0], dim, where, own[1], *args[4:], **kwargs)
+    return x if in_place else wrapped(axis, result, along, owners)
+
+
+def scatter(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Elements, or a constant, put to places along a whole dimension."""
+    x, dim = args[0], args[1] % args[0].ndim
+    operands = [value for value in args[2:] if isinstance(value, torch.Tensor) and value.ndim]
+    if not is_split(x) or x.along == dim or any(value.shape[x.along] != x.shape[x.along] for value in operands):
+        return NotImplemented
+    owners = common([(value, x.along) for value in (x, *operands)])
+    if owners is None or owners is not x.owners:
+        return NotImplemented
+    own = [
+        part(axis, value, x.along, owners) if isinstance(value, torch.Tensor) and value.ndim else value
+        for value in args[2:]
+    ]
+    result = func(x.local, dim, *own, **kwargs)
+    return x if func.overloadpacket.__name__.endswith("_") else wrapped(axis, result, x.along, owners)
 
 
 def pad(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
@@ -238,6 +259,7 @@ RULES = {
     **dict.fromkeys(("transpose", "t"), transpose),
     **dict.fromkeys(("split", "split_with_sizes"), split),
     **dict.fromkeys(("index_add", "index_copy"), index_add),
+    **dict.fromkeys(("scatter", "scatter_add"), scatter),
     **dict.fromkeys(("view_as_complex", "view_as_real"), complex_),
     "permute": permute, "unsqueeze": unsqueeze, "squeeze": squeeze, "expand": expand, "slice": slice_, "select": select,
     "unbind": unbind, "cat": cat, "stack": stack, "repeat": repeat, "flip": flip, "roll": roll, "index": index,

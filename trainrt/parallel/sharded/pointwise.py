@@ -86,7 +86,7 @@ def dropout(axis: Axis, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 RULES = {
     "pointwise": pointwise,
-    **dict.fromkeys(("clone", "_to_copy", "copy", "alias", "detach", "lift_fresh", "where"), pointwise),
+    **dict.fromkeys(("clone", "_to_copy", "copy", "alias", "detach", "lift_fresh", "where", "masked_fill"), pointwise),
     **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "fill", "zero"), like),
     **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"), sized),
     **dict.fromkeys(("bernoulli", "uniform", "normal", "exponential"), random),

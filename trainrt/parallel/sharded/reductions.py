@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,13 +60,28 @@ def total(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 
 
 def _moments(axis: Axis, x: Sharded, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and mean square deviation over the split dimension, as split computation sees them; dimensions are kept."""
-    count = 1
-    for dim in dims:
-        count *= x.shape[dim]
+    """Mean, as split computation sees it, and mean square deviation over the split dimension; dimensions are kept."""
+    count = math.prod(x.shape[dim] for dim in dims)
     mean = axis.enter(ReduceFromGroup.apply(x.local.sum(dims, keepdim=True), axis.group) / count)
     square = ReduceFromGroup.apply((x.local - mean).square().sum(dims, keepdim=True), axis.group) / count
-    return mean, axis.enter(square)
+    return mean, square
+
+
+def deviation(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Variance and standard deviation, over the split dimension too."""
+    x, given = args[0], _given(func, args, kwargs)
+    dims = _dims(x, given)
+    if x.along not in dims:
+        return local_reduction(axis, func, args, kwargs)
+    if not x.owners.disjoint:
+        return NotImplemented
+    count = math.prod(x.shape[dim] for dim in dims)
+    less = given.get("correction", given.get("unbiased"))
+    _, square = _moments(axis, x, dims)
+    made = square * (count / (count - (1 if less is None else less)))
+    if func.overloadpacket.__name__ == "std":
+        made = made.sqrt()
+    return Sharded(made if given.get("keepdim", False) else made.squeeze(dims), axis)
 
 
 def layer_norm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
@@ -79,7 +95,7 @@ def layer_norm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any
         )
         return tuple(wrapped(axis, one, x.along, x.owners) for one in made)
     mean, square = _moments(axis, x, dims)
-    scale = torch.rsqrt(square + epsilon)
+    scale = torch.rsqrt(axis.enter(square) + epsilon)
     made = (x.local - mean) * scale
     for value, grow in ((weight, True), (bias, False)):
         if value is not None:
@@ -145,11 +161,10 @@ def scan(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
 
 RULES = {
     **dict.fromkeys(("sum", "mean"), total),
+    **dict.fromkeys(("var", "std"), deviation),
     **dict.fromkeys(
         (
-            "var",
             "var_mean",
-            "std",
             "amax",
             "amin",
             "max",

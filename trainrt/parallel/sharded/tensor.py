@@ -154,7 +154,9 @@ def _bare(tensor: Sharded) -> Tensor:
 
 
 def _strides(local: Tensor, size: list[int]) -> tuple[int, ...]:
-    """Dense strides of the global size, in the local tensor's order of dimensions."""
+    """The local tensor's where it is whole; else dense strides of the global size, in the local one's order of dimensions."""
+    if list(local.shape) == size:
+        return local.stride()
     strides = [0] * len(size)
     step = 1
     for dim in sorted(range(len(size)), key=lambda d: (local.stride(d), -d)):
