@@ -198,11 +198,12 @@ def verdict(cells: list[Cell], seconds: float) -> str:
         idle = float(held) > REPLICATED
         return f"replicated {held}{by_steps}" if idle else f"right {held}{by_steps}"
     cell = max(off, key=lambda cell: (cell.loss > LOSS_ERROR, cell.off, cell.stepped))
-    if cell.loss > LOSS_ERROR:
-        return f"wrong: loss off by {cell.loss:.0e} ({held})"
+    wrong = [f"loss off by {cell.loss:.0e}"] if cell.loss > LOSS_ERROR else []
     if cell.unmatched:
-        return f"wrong: loss off by {cell.stepped:.0e} after {STEPS} steps ({held})"
-    return f"wrong: {cell.off} of {cell.compared} gradients, {cell.name} by {cell.worst:.0e} ({held})"
+        wrong.append(f"loss off by {cell.stepped:.0e} after {STEPS} steps")
+    elif cell.off:
+        wrong.append(f"{cell.off} of {cell.compared} gradients, {cell.name} by {cell.worst:.0e}")
+    return f"wrong: {', '.join(wrong)} ({held})"
 
 
 def _short(error: str, most: int = 80) -> str:
