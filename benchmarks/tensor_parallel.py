@@ -9,7 +9,9 @@ does not come out right and DeepSpeed has a preset for the family, with that). E
 One process's loss and gradients are the measure: the loss to 1e-6, each gradient to 5e-6 of its own norm (where that norm is
 below 1e-6 of all gradients' it is rounding, a key's bias has nothing else, and has to stay below). Gradients of shards are
 made whole by what each framework has for it: DTensor.full_tensor, DeepSpeed's gather_params; ours are compared where they
-lie. Where gradients cannot be put side by side, the loss after three steps of SGD decides, to 1e-5 ("by steps").
+lie. Where gradients cannot be put side by side, the loss after three steps of SGD decides, to 1e-5 ("by steps"). What runs but
+is off is measured once more in float64 to the same bounds: what remains is not rounding ("in float64" where nothing remains).
+DeepSpeed's backward and torch's grouped product of experts take no float64: there the float32 result stands.
   right F        both ranks agree with one process; a rank holds the fraction F of all parameters, embeddings included
   replicated F   right, but F is above 0.95: nearly nothing is split
   wrong: what    the first thing that differs, or that fails while it runs

@@ -95,7 +95,7 @@ class HuggingFace(Arm):
 
         _need_no_accelerate()
         model = cls.from_pretrained(  # type: ignore[attr-defined]
-            saved, dtype=torch.float32, attn_implementation=attention,
+            saved, dtype=torch.get_default_dtype(), attn_implementation=attention,
             distributed_config=DistributedConfig(tp_size=mesh.size(), tp_plan="auto"),
         )  # fmt: skip
         super().__init__(model.eval(), loss)

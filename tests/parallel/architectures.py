@@ -116,11 +116,12 @@ def config(family: str, *, attention: str = "eager") -> Any:
 
 @torch.no_grad()
 def model(family: str, *, attention: str = "eager", seed: int = 0) -> Any:
-    """A model of the family in float32, in evaluation mode, every parameter drawn anew."""
-    made = getattr(transformers, FAMILIES[family].model).from_config(config(family, attention=attention)).float().eval()
+    """A model of the family in torch's default dtype, in evaluation mode, every parameter drawn anew (in float32)."""
+    made = getattr(transformers, FAMILIES[family].model).from_config(config(family, attention=attention))
+    made = made.to(torch.get_default_dtype()).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * SPREAD)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * SPREAD)
     return made
 
 
@@ -128,10 +129,8 @@ def batch(family: str) -> dict[str, Any]:
     """Two samples with labels, of which some count and some do not; the second one is padded at its end."""
     if family == "vit":
         generator = torch.Generator().manual_seed(0)
-        return {
-            "pixel_values": torch.randn((SAMPLES, 3, PIXELS, PIXELS), generator=generator),
-            "labels": torch.tensor([3, 7]),
-        }
+        pixels = torch.randn((SAMPLES, 3, PIXELS, PIXELS), generator=generator, dtype=torch.float32)
+        return {"pixel_values": pixels.to(torch.get_default_dtype()), "labels": torch.tensor([3, 7])}
     ids = torch.arange(SAMPLES * LENGTH).reshape(SAMPLES, LENGTH) % (TOKENS - 8) + 3
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[0, :3] = IGNORED
