@@ -46,6 +46,7 @@ class Conversion:
     opened: Opened
     path: Path
     format: str
+    shape: Shape
     target: Target
     lost: tuple[str, ...]
 
@@ -66,7 +67,7 @@ class Conversion:
         ]
         units = [(unit.file, unit.offset, unit.length) for unit in self.target.units]
         layout = self.opened.source.layout.to_json()
-        return hashlib.sha256(json.dumps([self.format, files, layout, units]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.format, str(self.shape), files, layout, units]).encode()).hexdigest()
 
 
 def convert(
@@ -122,7 +123,7 @@ def plan_conversion(
         raise CheckpointError(f"{source}: holds no tensors")
     lost = [f"{name}: not understood" for name in opened.unknown]
     opened, target, unplaced = make_target(opened, to, shape)
-    return Conversion(opened, path.absolute(), to, target, (*lost, *unplaced))
+    return Conversion(opened, path.absolute(), to, shape, target, (*lost, *unplaced))
 
 
 def jobs_for(memory_bytes: int, asked: int | None) -> int:

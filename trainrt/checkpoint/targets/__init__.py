@@ -34,7 +34,7 @@ def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, 
         case "megatron":
             return megatron.make(opened, shape)
         case "megatron-dist":
-            return megatron.make_dist(opened)
+            return megatron.make_dist(opened, shape)
     # Half a second of torch's, which the other formats do not need.
     from trainrt.checkpoint.targets import dcp
 
