@@ -369,6 +369,10 @@ class Rank:
 
             metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
             wanted = {"model": chunk.sharded_state_dict(metadata=metadata)}
+            if self.model["experts"]:
+                # Layers of megatron-core's own have Transformer Engine's names here, but for this one.
+                names = {"decoder.layers.mlp.linear_fc1.layer_norm_": "decoder.layers.pre_mlp_layernorm."}
+                dist_checkpointing.utils.apply_prefix_mapping(wanted, names)
             wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=metadata)
             state = dist_checkpointing.load(wanted, str(folder))
         assert (state["iteration"], state["args"].num_layers) == (STEPS, self.model["layers"])

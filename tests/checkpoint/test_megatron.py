@@ -161,6 +161,7 @@ LOADED: dict[str, tuple[str, Shape, Options]] = {
     "classic, tp 2, Qwen2": (CLASSIC, Shape(tp=2), {**ON_TWO, "divisible": 128, "model": {"qkv_bias": True}}),
     "classic, tp 2, pp 2, Qwen3": (CLASSIC, Shape(tp=2, pp=2), {**ON_FOUR, "divisible": 128, "model": {"qk_norm": True}}),
     "classic, tp 2, Mixtral of 12": (CLASSIC, Shape(tp=2), {**ON_TWO, "divisible": 128, "model": {"experts": 12}}),
+    "dist, tp 2, Mixtral of 12": (DIST, Shape(), {**ON_TWO, "divisible": 64, "model": {"experts": 12}}),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ distributed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections import OrderedDict, defaultdict
@@ -48,7 +49,10 @@ ORDER = (
 BACKENDS = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
 }  # fmt: skip
-EXTRA = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+EXTRA = ("self_attention.linear_proj", "self_attention.linear_qkv")
+EXTRA_MLP, EXTRA_EXPERTS = (
+    tuple(f"{mlp}.linear_{matrix}" for matrix in ("fc1", "fc2")) for mlp in ("mlp", "mlp.experts.experts")
+)
 """Where Transformer Engine looks for states of 8-bit formats; they are empty."""
 
 
@@ -235,11 +239,13 @@ class _Model:
                 yield f"{before}{array.name}", _target(array, lies)
 
     def extra(self) -> Iterator[str]:
-        """Entries of Transformer Engine's states, an empty one for each layer."""
-        layers = self._config["num_hidden_layers"]
-        for name in EXTRA[: 2 if self._moe else None]:
-            for layer in range(layers):
+        """Entries of Transformer Engine's states, an empty one for each layer, and for each of its experts."""
+        layers, experts = self._config["num_hidden_layers"], self._facts.arguments["num_experts"]
+        for layer in range(layers):
+            for name in EXTRA if self._moe else EXTRA + EXTRA_MLP:
                 yield f"{LAYERS}{name}._extra_state/shard_{layer}_{layers}"
+            for name, expert in itertools.product(EXTRA_EXPERTS, range(experts) if self._moe else ()):
+                yield f"{LAYERS}{name}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
 
     def common(self) -> dict[str, Any]:
         """What all ranks have alike."""
