@@ -250,6 +250,8 @@ class Rank:
         mine = {id(p) for group in getattr(optimizer, "model_float16_groups", []) for p in group}
         mine |= {id(p) for group in getattr(optimizer, "model_fp32_groups", []) for p in group}
         for name, parameter in self.named():
+            # Also where another rank has the state of it.
+            parameter.copy_(self.local("master", name, parameter))
             master = getattr(parameter, "main_param", None)
             master = parameter if master is None else master
             if spread and id(parameter) in mine:
@@ -263,7 +265,6 @@ class Rank:
             for key, role in (("param", "master"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
                 flat = self.local(role, name, parameter).flatten()[span.start : span.end]
                 state[key].copy_(flat.view(state[key].shape))
-            parameter.copy_(self.local("master", name, parameter))
 
     def arguments(self) -> argparse.Namespace:
         """What Megatron-LM's arguments are after its own checks, as far as anyone reads them."""
