@@ -20,10 +20,11 @@ from tests.checkpoint.frameworks import llama
 from tests.checkpoint.megatron import PROMPT, STEPS
 from trainrt.checkpoint.convert import convert
 from trainrt.checkpoint.formats import open_any
+from trainrt.checkpoint.formats.files import FileSource
 from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.inspect import verify
 from trainrt.checkpoint.source import digest, read_whole
-from trainrt.checkpoint.targets import Shape
+from trainrt.checkpoint.targets import Shape, make_target
 from trainrt.errors import CheckpointError, ConfigError
 
 Options = dict[str, Any]
@@ -300,6 +301,44 @@ def test_the_optimizer_of_another_framework_goes_to_megatron_and_back(made: Made
         steps = opened.metadata["optimizer"]["steps"]
         assert steps == open_any(tmp_path / "universal").metadata["optimizer"]["steps"] and {*steps.values()} == {3}
         assert opened.metadata["scheduler"]["lr_decay_style"] == "constant"
+
+
+def drop_a_moment(opened: Opened) -> None:
+    layout = opened.source.layout.only(lambda tensor, _: tensor.key != ("model.norm.weight", "exp_avg"))
+    opened.source = FileSource(layout)
+
+
+def split_a_group(opened: Opened) -> None:
+    groups = opened.metadata["optimizer"]["groups"]
+    groups[0]["tensors"].remove("model.embed_tokens.weight")
+    groups.append(
+        {"tensors": ["model.embed_tokens.weight"], "hyperparameters": {**groups[0]["hyperparameters"], "lr": 1.0}}
+    )
+
+
+def count_apart(opened: Opened) -> None:
+    optimizer = opened.metadata["optimizer"]
+    optimizer["steps"] |= dict.fromkeys(optimizer["groups"][1]["tensors"], 7)
+
+
+@pytest.mark.parametrize("to", ["megatron", "megatron-dist"])
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (drop_a_moment, ["exp_avg", "exp_avg_sq"]),
+        (split_a_group, ["settings of matrices"]),
+        (count_apart, ["steps"]),
+        (lambda opened: opened.metadata["optimizer"].pop("steps"), ["steps"]),
+        (lambda opened: opened.metadata.pop("scheduler"), ["scheduler"]),
+    ],
+)
+def test_what_megatrons_optimizer_has_no_place_for_is_named(
+    change: Callable[[Opened], None], lost: list[str], to: str, made: Made
+) -> None:
+    path, _ = make(made, CLASSIC, WHOLE)
+    opened = open_any(path)
+    change(opened)
+    assert [text.partition(":")[0] for text in make_target(opened, to, Shape())[2]] == ["rng", *lost]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class Optimizer:
         self._scheduler: dict[str, Any] = dict(opened.metadata.get("scheduler") or {})
         self._samples = (opened.metadata.get("data") or {}).get("next_sample", training.step)
         self._fused = adam == "fused" or (adam is None and any(OF_FUSED in group.settings for group in training.groups))
-        moments = [role for role in training.moments if self._is_whole(role)]
+        moments = training.moments if all(map(self._is_whole, training.moments)) else []
         self.roles = [*(["master"] if training.low else []), *moments] if moments else []
         """Of the state that is written, beside the parameters."""
         self.opened = training.opened if moments else opened
