@@ -114,6 +114,7 @@ def convert(
     mesh: Annotated[str | None, typer.Option(help="The mesh that the target is cut for, such as tp=2,pp=2.")] = None,
     world: Annotated[int | None, typer.Option(help="How many ranks the target is cut for (ZeRO).")] = None,
     zero_stage: Annotated[int | None, typer.Option(help="The stage of ZeRO: 1, 2 or 3; 1 by default.")] = None,
+    adam: Annotated[str | None, typer.Option(help="Which Adam Megatron will load it with: fused or torch.")] = None,
     mapping: Annotated[Path | None, typer.Option(help="A file that describes the source's format.", metavar="FILE")] = None,
     model_config: Annotated[Path | None, typer.Option(help="A directory with config.json, where the source has none.")] = None,
     average: Annotated[bool, typer.Option(help="Take the mean of replicas that differ, instead of stopping.")] = False,
@@ -130,9 +131,9 @@ def convert(
 
     with Bar("converting", quiet=as_json) as bar:
         document = run(
-            source, target, to=to, shape=Shape.parse(mesh, world=world, zero_stage=zero_stage), mapping=mapping,
-            model_config=model_config, average=average, jobs=jobs, memory_bytes=memory_bytes(memory), dry_run=dry_run,
-            restart=restart, progress=bar.update,
+            source, target, to=to, shape=Shape.parse(mesh, world=world, zero_stage=zero_stage, adam=adam),
+            mapping=mapping, model_config=model_config, average=average, jobs=jobs, memory_bytes=memory_bytes(memory),
+            dry_run=dry_run, restart=restart, progress=bar.update,
         )  # fmt: skip
     if as_json:
         _print_json(document)

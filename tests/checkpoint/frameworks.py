@@ -215,7 +215,15 @@ def megatron_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -
     megatron.megatron_rank(rank, port, folder, options)
 
 
-RANKS = {"deepspeed": deepspeed_rank, "dcp": dcp_rank, "megatron": megatron_rank}
+def megatron_training_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) -> None:
+    from tests.checkpoint import megatron_training
+
+    megatron_training.megatron_training_rank(rank, port, folder, options)
+
+
+RANKS = {
+    "deepspeed": deepspeed_rank, "dcp": dcp_rank, "megatron": megatron_rank, "megatron-training": megatron_training_rank,
+}  # fmt: skip
 
 
 def main() -> None:

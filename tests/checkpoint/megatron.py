@@ -48,7 +48,9 @@ def without_cuda() -> TorchFunctionMode:
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()  # type: ignore[assignment]
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment,misc]
     from megatron.core import tensor_parallel
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = None
     tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: contextlib.nullcontext()
     return OnCpu()
 
@@ -220,30 +222,36 @@ class Rank:
             for name, parameter in self.named():
                 parameter.copy_(self.local("master", name, parameter))
 
-    def optimizer(self) -> Any:
-        """Megatron's optimizer after some steps (without gradients), and then with state that is known."""
+    def fresh_optimizer(self) -> Any:
+        """Megatron's own, of the model as it is."""
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         spread = self.options["optimizer"] == "distributed"
         settings = DistributedDataParallelConfig(use_distributed_optimizer=spread)
-        wrapped = [DistributedDataParallel(self.config, settings, chunk) for chunk in self.chunks]
+        self.wrapped = [DistributedDataParallel(self.config, settings, chunk) for chunk in self.chunks]
         config = OptimizerConfig(
             optimizer="adam", lr=1e-3, min_lr=1e-4, weight_decay=0.1, clip_grad=0.0, bf16=self.dtype == torch.bfloat16,
             params_dtype=self.dtype, use_distributed_optimizer=spread,
         )  # fmt: skip
-        made = get_megatron_optimizer(config, wrapped)
+        return get_megatron_optimizer(config, self.wrapped)
+
+    def optimizer(self) -> Any:
+        """After some steps (without gradients), and then with state that is known."""
+        made = self.fresh_optimizer()
         for _ in range(STEPS):
             made.step()
         for one in made.chained_optimizers:
             with torch.no_grad():
-                self._set(one, spread)
+                self._set(one, self.options["optimizer"] == "distributed")
         return made
 
     def _set(self, optimizer: Any, spread: bool) -> None:
         mine = {id(p) for group in getattr(optimizer, "model_float16_groups", []) for p in group}
         mine |= {id(p) for group in getattr(optimizer, "model_fp32_groups", []) for p in group}
         for name, parameter in self.named():
+            # Also where another rank has the state of it.
+            parameter.copy_(self.local("master", name, parameter))
             master = getattr(parameter, "main_param", None)
             master = parameter if master is None else master
             if spread and id(parameter) in mine:
@@ -257,7 +265,6 @@ class Rank:
             for key, role in (("param", "master"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
                 flat = self.local(role, name, parameter).flatten()[span.start : span.end]
                 state[key].copy_(flat.view(state[key].shape))
-            parameter.copy_(self.local("master", name, parameter))
 
     def arguments(self) -> argparse.Namespace:
         """What Megatron-LM's arguments are after its own checks, as far as anyone reads them."""
@@ -283,10 +290,17 @@ class Rank:
             data_path=[Path("corpus")], iteration=STEPS,
         )  # fmt: skip
 
-    def state(self, optimizer: Any) -> dict[str, Any]:
+    def scheduler(self, optimizer: Any) -> Any:
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        return OptimizerParamScheduler(
+            optimizer, init_lr=0.0, max_lr=1e-3, min_lr=1e-4, lr_warmup_steps=2, lr_decay_steps=10, lr_decay_style="cosine",
+            start_wd=0.1, end_wd=0.1, wd_incr_steps=10, wd_incr_style="constant",
+        )  # fmt: skip
+
+    def state(self, optimizer: Any, scheduler: Any) -> dict[str, Any]:
         """As Megatron-LM's `generate_state_dict` and `get_rng_state` put it together."""
         from megatron.core.dist_checkpointing.mapping import ShardedObject
-        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
         sharded = self.options["format"] == "torch_dist"
         metadata = {
@@ -303,10 +317,7 @@ class Rank:
         if optimizer is not None:
             made = optimizer.sharded_state_dict(state, metadata=metadata) if sharded else optimizer.state_dict()
             state["optimizer"] = made
-            state["opt_param_scheduler"] = OptimizerParamScheduler(
-                optimizer, init_lr=0.0, max_lr=1e-3, min_lr=1e-4, lr_warmup_steps=2, lr_decay_steps=10, lr_decay_style="cosine",
-                start_wd=0.1, end_wd=0.1, wd_incr_steps=10, wd_incr_style="constant",
-            ).state_dict()  # fmt: skip
+            state["opt_param_scheduler"] = (scheduler or self.scheduler(optimizer)).state_dict()
         rng: Any = [{
             "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
             "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.cuda.get_rng_state(),
@@ -320,7 +331,7 @@ class Rank:
         )
         return state | {"num_floating_point_operations_so_far": 0}
 
-    def save(self, root: Path, optimizer: Any) -> None:
+    def save(self, root: Path, optimizer: Any, scheduler: Any = None) -> None:
         """As Megatron-LM's `save_checkpoint` does."""
         folder = root / f"iter_{STEPS:07d}"
         if self.options["format"] == "torch_dist":
@@ -328,7 +339,7 @@ class Rank:
 
             folder.mkdir(parents=True, exist_ok=True)
             dist_checkpointing.save(
-                self.state(optimizer), str(folder), content_metadata={"singleton_local_shards": False}
+                self.state(optimizer, scheduler), str(folder), content_metadata={"singleton_local_shards": False}
             )
         else:
             home = folder / self._home()
@@ -336,31 +347,46 @@ class Rank:
             if self.options.get("optimizer") == "distributed":
                 optimizer.save_parameter_state(str(home / "distrib_optim.pt"))
             if 0 in (self.mesh.get_data_parallel_rank(), self.mesh.get_expert_data_parallel_rank()):
-                torch.save(self.state(optimizer), home / "model_optim_rng.pt")
+                torch.save(self.state(optimizer, scheduler), home / "model_optim_rng.pt")
         dist.barrier()
         (root / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
 
-    def load(self, root: Path, optimizer: Any) -> None:
-        """As Megatron-LM's `load_checkpoint` does with --no-load-rng, into a model whose parameters are all zero before."""
+    def load(self, root: Path, optimizer: Any, scheduler: Any = None) -> None:
+        """As Megatron-LM's `load_checkpoint` does with --no-load-rng, into a model and an optimizer that are all zero before."""
         with torch.no_grad():
-            for _, parameter in self.named():
-                parameter.zero_()
+            for held in itertools.chain(*self._states(optimizer), (parameter for _, parameter in self.named())):
+                held.zero_()
         folder = root / f"iter_{STEPS:07d}"
         (chunk,) = self.chunks
         if self.options["format"] == "torch":
             state = torch.load(folder / self._home() / "model_optim_rng.pt", weights_only=False)
-            assert (state["iteration"], state["args"].num_layers) == (STEPS, self.model["layers"])
-            chunk.load_state_dict(as_local_layers(state["model"]))
-            return
-        from megatron.core import dist_checkpointing
+            state["model"] = as_local_layers(state["model"])
+            # What the optimizer's numbers go by, in the group that decays and in the other one.
+            for group in (lambda held: held.dim() > 1, lambda held: held.dim() == 1):
+                found = [name for name, held in state["model"].items() if group(held)]
+                assert found == [name for name, held in chunk.named_parameters() if group(held)]
+        else:
+            from megatron.core import dist_checkpointing
 
-        metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-        wanted = {"model": chunk.sharded_state_dict(metadata=metadata)}
-        wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=metadata)
-        state = dist_checkpointing.load(wanted, str(folder))
+            metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+            wanted = {"model": chunk.sharded_state_dict(metadata=metadata)}
+            if self.model["experts"]:
+                # Layers of megatron-core's own have Transformer Engine's names here, but for this one.
+                names = {"decoder.layers.mlp.linear_fc1.layer_norm_": "decoder.layers.pre_mlp_layernorm."}
+                dist_checkpointing.utils.apply_prefix_mapping(wanted, names)
+            wanted["optimizer"] = optimizer.sharded_state_dict(wanted, is_loading=True, metadata=metadata)
+            state = dist_checkpointing.load(wanted, str(folder))
         assert (state["iteration"], state["args"].num_layers) == (STEPS, self.model["layers"])
         chunk.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(state["opt_param_scheduler"])
+
+    def _states(self, optimizer: Any) -> Iterator[Iterator[Tensor]]:
+        """Masters, moments and steps."""
+        for one in optimizer.chained_optimizers:
+            yield (master for group in one.optimizer.param_groups for master in group["params"])
+            yield (value for state in one.optimizer.state.values() for value in state.values())
 
     def check(self, optimizer: Any) -> None:
         """Every parameter, master and moment of this rank is what is known, bit for bit, but for the vocabulary's padding."""
@@ -368,13 +394,12 @@ class Rank:
             rows = self._rows(name, parameter)
             known = self.local("master", name, parameter).to(parameter.dtype)
             assert torch.equal(parameter[:rows], known[:rows]), name
-            if self.options["format"] == "torch_dist":
-                (one,) = optimizer.chained_optimizers
-                master = getattr(parameter, "main_param", parameter)
-                state = one.optimizer.state[master]
-                for role, value in (("master", master), *((r, state[r]) for r in ("exp_avg", "exp_avg_sq"))):
-                    assert torch.equal(value[:rows], self.local(role, name, parameter)[:rows]), (role, name)
-                assert int(state["step"]) == STEPS
+            (one,) = optimizer.chained_optimizers
+            master = getattr(parameter, "main_param", parameter)
+            state = one.optimizer.state[master]
+            for role, value in (("master", master), *((r, state[r]) for r in ("exp_avg", "exp_avg_sq"))):
+                assert torch.equal(value[:rows], self.local(role, name, parameter)[:rows]), (role, name)
+            assert int(state["step"]) == STEPS
 
     def _rows(self, name: str, parameter: torch.nn.Parameter) -> int:
         """How many rows of a parameter are no padding."""

@@ -108,17 +108,18 @@ def test_an_interrupted_conversion_and_an_altered_target_are_noticed(made: Made,
 
 
 @pytest.mark.parametrize(
-    ("mesh", "world", "zero_stage", "message"),
+    ("said", "message"),
     [
-        ("tp=2,dp=2", None, None, "'dp': allowed: tp, pp"),
-        ("tp=0", None, None, "a size of at least 1"),
-        (None, 0, None, "--world 0: at least 1"),
-        (None, None, 4, "--zero-stage 4: allowed: 1, 2, 3"),
+        ({"mesh": "tp=2,dp=2"}, "'dp': allowed: tp, pp"),
+        ({"mesh": "tp=0"}, "a size of at least 1"),
+        ({"world": 0}, "--world 0: at least 1"),
+        ({"zero_stage": 4}, "--zero-stage 4: allowed: 1, 2, 3"),
+        ({"adam": "apex"}, "--adam apex: allowed: fused, torch"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(mesh: str | None, world: int, zero_stage: int, message: str) -> None:
+def test_a_shape_that_cannot_be_is_refused(said: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Shape.parse(mesh, world=world, zero_stage=zero_stage)
+        Shape.parse(**{"mesh": None, "world": None, "zero_stage": None, **said})
 
 
 def test_what_a_format_is_not_cut_by_is_refused(made: Made, tmp_path: Path) -> None:

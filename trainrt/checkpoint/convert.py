@@ -47,6 +47,7 @@ class Conversion:
     opened: Opened
     path: Path
     format: str
+    shape: Shape
     target: Target
     lost: tuple[str, ...]
 
@@ -69,7 +70,7 @@ class Conversion:
     def fingerprint(self) -> str:
         """Of the plan, the source's files and how they are read: another one is another conversion."""
         units = [(unit.file, unit.offset, unit.length) for unit in self.target.units]
-        plan = [self.format, self.source_files(), self.opened.source.layout.to_json(), units]
+        plan = [self.format, str(self.shape), self.source_files(), self.opened.source.layout.to_json(), units]
         return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
@@ -127,7 +128,7 @@ def plan_conversion(
         raise CheckpointError(f"{source}: holds no tensors")
     lost = [f"{name}: not understood" for name in opened.unknown]
     opened, target, unplaced = make_target(opened, to, shape)
-    return Conversion(opened, path.absolute(), to, target, (*lost, *unplaced))
+    return Conversion(opened, path.absolute(), to, shape, target, (*lost, *unplaced))
 
 
 def _check_apart(source: Path, path: Path) -> None:

@@ -34,7 +34,7 @@ def make_target(opened: Opened, to: str, shape: Shape) -> tuple[Opened, Target, 
             return _having_lost(lost, megatron.make(alike, shape))
         case "megatron-dist":
             alike, lost = _alike(opened)
-            return _having_lost(lost, megatron.make_dist(alike))
+            return _having_lost(lost, megatron.make_dist(alike, shape))
     model = LiveModel.of(opened.metadata["model_config"])
     live, lost = packed(opened, model) if model is not None else (opened, [])
     if to == "deepspeed":

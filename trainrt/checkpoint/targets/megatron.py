@@ -1,15 +1,16 @@
 """Megatron-LM's checkpoints, classic (cut for tp x pp) and torch_dist (for any mesh). What is in them: see formats.megatron.
 
-Layers have the names of those of Transformer Engine, which is Megatron's default. The classic form gets the model only: its
-optimizers know parameters by number, in an order that the options of the run decide.
+Layers have the names of those of Transformer Engine, which is Megatron's default. The optimizer is the one that is not
+distributed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from trainrt.checkpoint.formats.opened import Opened
 from trainrt.checkpoint.mapping.rules import Rule, StoredArray, compile_writing
 from trainrt.checkpoint.targets.array import TargetArray
 from trainrt.checkpoint.targets.files import FilesTarget, TargetFile
+from trainrt.checkpoint.targets.megatron_optimizer import Arrays, Optimizer
 from trainrt.checkpoint.targets.shape import Shape
 from trainrt.checkpoint.targets.skeleton import Skeleton
 from trainrt.checkpoint.targets.target import Target
-from trainrt.checkpoint.targets.training import Group, Training
+from trainrt.checkpoint.targets.training import Training
 from trainrt.errors import CheckpointError, ConfigError
 from trainrt.parallel.layout import LogicalTensor
 
@@ -38,27 +40,35 @@ DIVISIBLE = 128
 """Megatron's default of `make_vocab_size_divisible_by`."""
 STATE = {"master": "fp32_param"}
 CUT_NORM = "mlp.linear_fc1.layer_norm_"
+ORDER = (
+    "self_attention.linear_proj.", "self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.",
+    "self_attention.q_layernorm.", "self_attention.k_layernorm.", "pre_mlp_layernorm.", "mlp.router.", "mlp.experts.",
+    CUT_NORM, "mlp.linear_fc1.", "mlp.linear_fc2.",
+)  # fmt: skip
+"""A layer's parameters as its modules register them. The optimizer's numbers go by it."""
 BACKENDS = {
     "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
 }  # fmt: skip
-EXTRA = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+EXTRA = ("self_attention.linear_proj", "self_attention.linear_qkv")
+EXTRA_MLP, EXTRA_EXPERTS = (
+    tuple(f"{mlp}.linear_{matrix}" for matrix in ("fc1", "fc2")) for mlp in ("mlp", "mlp.experts.experts")
+)
 """Where Transformer Engine looks for states of 8-bit formats; they are empty."""
 
 
 def make(opened: Opened, shape: Shape) -> tuple[Opened, Target, list[str]]:
     """Classic. Raises ConfigError for a model or a mesh that Megatron does not have."""
-    model = _Model(opened, tp=shape.tp or 1, pp=shape.pp or 1)
+    model = _Model(opened, tp=shape.tp or 1, pp=shape.pp or 1, adam=shape.adam)
     files = [TargetFile(name, (Skeleton.of(state),)) for name, state in model.ranks()]
-    lost = [*model.lost, *(f"{role}: Megatron's classic form gets the model only" for role in model.optimizer_roles)]
-    return opened, FilesTarget(files, {LATEST: model.latest}), lost
+    return model.opened, FilesTarget(files, {LATEST: model.latest}), model.lost
 
 
-def make_dist(opened: Opened) -> tuple[Opened, Target, list[str]]:
+def make_dist(opened: Opened, shape: Shape) -> tuple[Opened, Target, list[str]]:
     """torch_dist. Raises ConfigError for a model that Megatron does not have."""
     # An item is cut out of torch's own form, whose import takes half a second.
     from trainrt.checkpoint.targets.dcp_items import Item, cut, directory
 
-    model = _Model(opened, tp=1, pp=1)
+    model = _Model(opened, tp=1, pp=1, adam=shape.adam)
     items = [item for entry, array in model.whole() for item in cut(array, [entry])]
     items += [Item([None], (entry,)) for entry in model.extra()]
     files, metadata = directory(items)
@@ -68,13 +78,13 @@ def make_dist(opened: Opened) -> tuple[Opened, Target, list[str]]:
     plain = {
         f"{home}/{METADATA}": metadata, f"{home}/{BACKEND}": json.dumps(BACKENDS).encode(), LATEST: model.latest,
     }  # fmt: skip
-    return opened, FilesTarget(files, plain), model.lost
+    return model.opened, FilesTarget(files, plain), model.lost
 
 
 class _Model:
     """One model on its way to Megatron's names."""
 
-    def __init__(self, opened: Opened, *, tp: int, pp: int) -> None:
+    def __init__(self, opened: Opened, *, tp: int, pp: int, adam: str | None) -> None:
         self._config: dict[str, Any] = opened.metadata["model_config"]
         if not self._config:
             raise ConfigError("--to megatron wants the model's config.json: --model-config DIR")
@@ -89,11 +99,10 @@ class _Model:
         self._biases = any(name.endswith("q_proj.bias") for name in names)
         self._norms = any(name.endswith("q_norm.weight") for name in names)
         self._facts = Facts(Path("config.json"), self.arguments(), self._config, dict(self._shapes(names)))
-        self.lost = ["rng: Megatron's random states are its own (--no-load-rng)"]
-
-    @property
-    def optimizer_roles(self) -> list[str]:
-        return sorted({role for _, role in self._tensors} - {"parameter", "buffer"})
+        self._optimizer = Optimizer(opened, self._training, self._facts.arguments, adam)
+        self.opened = self._optimizer.opened
+        self._tensors = self.opened.source.layout.tensors
+        self.lost = ["rng: Megatron's random states are its own (--no-load-rng)", *self._optimizer.lost]
 
     @property
     def home(self) -> str:
@@ -175,6 +184,13 @@ class _Model:
     def _variables(self) -> dict[str, int]:
         return {**self._facts.variables, "padding": DIVISIBLE * self._tp}
 
+    def _document(self, rank: Arrays | None = None) -> dict[str, Any]:
+        """All but the model: of `rank` in the classic form, of all ranks in torch_dist."""
+        return {
+            "args": argparse.Namespace(**self.arguments()), "checkpoint_version": 3.0, "iteration": self._training.step,
+            **self._optimizer.document(rank),
+        }  # fmt: skip
+
     # The classic form.
 
     def ranks(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,15 +199,16 @@ class _Model:
         rules = [Rule(name, p.on_a_rank(), on) for name, (p, on) in self._outside().items()]
         rules += [Rule(f"{LAYERS}{{l}}.{name}", p.on_a_rank()) for name, p in (self._inside() | experts).items()]
         each = self._config["num_hidden_layers"] // self._pp
-        arrays = self._compiled(rules, "parameter", {"pp": self._pp, "tp": self._tp}, each)
-        namespace = argparse.Namespace(**self.arguments())
-        for pp in range(self._pp):
-            for tp in range(self._tp):
-                mine = sorted((a for a in arrays if (a[0].at["pp"], a[0].at["tp"]) == (pp, tp)), key=_in_order)
-                model = OrderedDict((array.name, _target(array, lies)) for array, lies in mine)
-                place = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self._pp > 1 else "")
-                state = {"args": namespace, "checkpoint_version": 3.0, "iteration": self._training.step, "model": model}
-                yield f"{self.home}/{place}/{FILE}", state
+        ranks: dict[tuple[int, int], dict[str, OrderedDict[str, TargetArray]]] = defaultdict(
+            lambda: defaultdict(OrderedDict)
+        )
+        for role in ("parameter", *self._optimizer.roles):
+            arrays = self._compiled(rules, role, {"pp": self._pp, "tp": self._tp}, each)
+            for array, lies in sorted(arrays, key=lambda held: _in_order(held[0].name)):
+                ranks[array.at["pp"], array.at["tp"]][role][array.name] = _target(array, lies)
+        for (pp, tp), rank in sorted(ranks.items()):
+            place = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if self._pp > 1 else "")
+            yield f"{self.home}/{place}/{FILE}", {**self._document(rank), "model": rank["parameter"]}
 
     def _compiled(
         self, rules: Sequence[Rule], role: str, axes: Mapping[str, int], each: int
@@ -216,52 +233,34 @@ class _Model:
         rules = [Rule(name, p.whole()) for name, (p, _) in self._outside().items()]
         rules += [Rule(f"{LAYERS}{name}", p.whole("l")) for name, p in self._inside().items()]
         rules += [Rule(f"{LAYERS}{name}", p.whole("e", "l")) for name, p in experts.items()]
-        for role in ("parameter", *self.optimizer_roles):
+        for role in ("parameter", *self._optimizer.roles):
             before = "" if role == "parameter" else f"optimizer.state.{STATE.get(role, role)}."
             for array, lies in self._compiled(rules, role, {}, self._config["num_hidden_layers"]):
                 yield f"{before}{array.name}", _target(array, lies)
 
     def extra(self) -> Iterator[str]:
-        """Entries of Transformer Engine's states, an empty one for each layer."""
-        layers = self._config["num_hidden_layers"]
-        for name in EXTRA[: 2 if self._moe else None]:
-            for layer in range(layers):
+        """Entries of Transformer Engine's states, an empty one for each layer, and for each of its experts."""
+        layers, experts = self._config["num_hidden_layers"], self._facts.arguments["num_experts"]
+        for layer in range(layers):
+            for name in EXTRA if self._moe else EXTRA + EXTRA_MLP:
                 yield f"{LAYERS}{name}._extra_state/shard_{layer}_{layers}"
+            for name, expert in itertools.product(EXTRA_EXPERTS, range(experts) if self._moe else ()):
+                yield f"{LAYERS}{name}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
 
     def common(self) -> dict[str, Any]:
         """What all ranks have alike."""
-        state: dict[str, Any] = {
-            "args": argparse.Namespace(**self.arguments()), "checkpoint_version": 3.0, "iteration": self._training.step,
-            "content_metadata": {"singleton_local_shards": False},
-        }  # fmt: skip
-        if "exp_avg" in self.optimizer_roles:
-            groups = self._training.groups
-            step = next((group.step for group in groups if group.step is not None), 0)
-            inner = {
-                "state": {"common_step": torch.tensor(float(step))},
-                "param_groups": [_settings(groups, decays=decays) for decays in (True, False)],
-            }
-            state["optimizer"] = {"optimizer": inner} if self._training.low else inner
-        return state
-
-
-def _settings(groups: Sequence[Group], *, decays: bool) -> dict[str, Any]:
-    """One of Megatron's two groups: matrices decay, what has one dimension does not."""
-    most = max(groups, key=lambda group: group.settings.get("weight_decay") or 0.0).settings
-    found = {key: value for key, value in most.items() if key not in ("wd_mult", "lr_mult")}
-    rate = found.get("max_lr", found.get("lr", 1e-3))
-    return {
-        "is_expert_parallel": False, "default_config": True, "lr_mult": 1.0, "is_decoupled_lr": False, "max_lr": rate,
-        "min_lr": found.get("min_lr", 0.0), **found, "wd_mult": float(decays),
-    }  # fmt: skip
+        return {**self._document(), "content_metadata": {"singleton_local_shards": False}}
 
 
 def _target(array: StoredArray, lies: list[tuple[Any, LogicalTensor]]) -> TargetArray:
     return TargetArray(array.name, array.role, array.dtype, array.shape, tuple(lies))
 
 
-def _in_order(held: tuple[StoredArray, Any]) -> tuple[int, int, str]:
-    """Embedding, layers by number, the rest."""
-    name = held[0].name
-    layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-    return (0 if name == EMBEDDING else 1 if layer else 2, int(layer[1]) if layer else 0, name)
+def _in_order(name: str) -> tuple[Any, ...]:
+    """Embedding, layers by number, the rest; in a layer by ORDER, experts by number, weights before biases."""
+    layer = re.match(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if layer is None:
+        return (0 if name == EMBEDDING else 2, name)
+    module = next(number for number, start in enumerate(ORDER) if layer[2].startswith(start))
+    expert = re.search(r"\.local_experts\.(\d+)\.", name)
+    return (1, int(layer[1]), module, int(expert[1]) if expert else 0, name.rpartition(".")[0], name.endswith("bias"))

@@ -8,22 +8,24 @@ from trainrt.errors import ConfigError, nearest
 
 KNOWN = {
     "universal": (), "hf": (), "deepspeed": ("world", "zero_stage"), "deepspeed-universal": ("world", "zero_stage"), "dcp": (),
-    "megatron": ("tp", "pp"), "megatron-dist": (),
+    "megatron": ("tp", "pp", "adam"), "megatron-dist": ("adam",),
 }  # fmt: skip
 """What each format is cut by."""
+ADAMS = ("fused", "torch")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """None: not said. `tp`, `pp`: of `--mesh`; `world`: ranks of ZeRO."""
+    """None: not said. `tp`, `pp`: of `--mesh`; `world`: ranks of ZeRO; `adam`: which of Megatron's will load it."""
 
     tp: int | None = None
     pp: int | None = None
     world: int | None = None
     zero_stage: int | None = None
+    adam: str | None = None
 
     @classmethod
-    def parse(cls, mesh: str | None, *, world: int | None, zero_stage: int | None) -> Shape:
+    def parse(cls, mesh: str | None, *, world: int | None, zero_stage: int | None, adam: str | None = None) -> Shape:
         """From the command's options. Raises ConfigError with what is allowed."""
         sizes: dict[str, int] = {}
         for part in filter(None, (mesh or "").split(",")):
@@ -37,7 +39,9 @@ class Shape:
             raise ConfigError(f"--world {world}: at least 1")
         if zero_stage not in (None, 1, 2, 3):
             raise ConfigError(f"--zero-stage {zero_stage}: allowed: 1, 2, 3")
-        return cls(sizes.get("tp"), sizes.get("pp"), world, zero_stage)
+        if adam is not None and adam not in ADAMS:
+            raise ConfigError(f"--adam {adam}: allowed: {', '.join(ADAMS)}{nearest(adam, ADAMS)}")
+        return cls(sizes.get("tp"), sizes.get("pp"), world, zero_stage, adam)
 
     def check(self, to: str) -> None:
         """Refuse what a format has no use for. Raises ConfigError."""
