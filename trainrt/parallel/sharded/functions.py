@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainrt.parallel.sharded.operands import entered, is_split, part, wrapped
+from trainrt.parallel.sharded.collectives import ReduceFromGroup
+from trainrt.parallel.sharded.operands import common, entered, is_split, part, wrapped
 from trainrt.parallel.sharded.owners import Owners
-from trainrt.parallel.sharded.tensor import Axis, Sharded
+from trainrt.parallel.sharded.tensor import Axis, Sharded, as_operators
 
 
 def attention(
@@ -77,4 +78,27 @@ class _own_random_numbers:
             torch.set_rng_state(self._state)
 
 
-FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {F.scaled_dot_product_attention: attention}
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """Column- and row-parallel layers (Megatron-LM, arXiv 1909.08053, section 3) in one local product each.
+
+    The input enters once for all columns that read it; taken as operators, each would get a view of its own.
+    """
+    axis: Axis = next(t.axis for t in (x, weight, bias) if isinstance(t, Sharded))
+    if is_split(weight) and weight.along == 0 and not is_split(x):  # type: ignore[attr-defined]
+        owners = common([(weight, 0), *([(bias, 0)] if bias is not None else [])])
+        if owners is not None and owners is weight.owners:  # type: ignore[attr-defined]
+            own = None if bias is None else part(axis, bias, 0, owners)
+            return wrapped(axis, F.linear(entered(axis, x), weight.local, own), x.ndim - 1, owners)  # type: ignore[attr-defined]
+    if is_split(x) and x.along == x.ndim - 1 and not isinstance(bias, Sharded):  # type: ignore[attr-defined]
+        owners = common([(x, x.ndim - 1), (weight, 1)])
+        if owners is not None and owners.disjoint:
+            product = F.linear(part(axis, x, x.ndim - 1, owners), part(axis, weight, 1, owners))
+            summed = ReduceFromGroup.apply(product, axis.group)
+            return summed if bias is None else summed + bias
+    return as_operators(F.linear, axis, (x, weight, bias), {})
+
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: attention,
+    F.linear: linear,
+}

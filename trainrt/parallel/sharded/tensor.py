@@ -122,10 +122,7 @@ class Sharded(Tensor):
                 return rule(*args, **kwargs)
             if getattr(func, "__name__", "") == "__get__":
                 return func(*args, **kwargs)
-            axis = _axis_of(args, kwargs)
-            # A shell has no gradient, so no operator may see one beside a tensor that has.
-            args, kwargs = tree_map_only(Tensor, lambda t: _shelled(t, axis), (args, kwargs))
-            return tree_map_only(Sharded, _bare, func(*args, **kwargs))
+            return as_operators(func, _axis_of(args, kwargs), args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -137,6 +134,12 @@ class Sharded(Tensor):
 
 def is_split(value: Any) -> bool:
     return isinstance(value, Sharded) and value.along is not None
+
+
+def as_operators(func: Callable[..., Any], axis: Axis, args: Any, kwargs: Any) -> Any:
+    """A function left to fall apart into operators. A shell has no gradient, so none may meet a tensor that has one."""
+    args, kwargs = tree_map_only(Tensor, lambda tensor: _shelled(tensor, axis), (args, kwargs))
+    return tree_map_only(Sharded, _bare, func(*args, **kwargs))
 
 
 def _axis_of(args: Any, kwargs: Any) -> Axis:
