@@ -17,6 +17,8 @@ DeepSpeed's backward and torch's grouped product of experts take no float64: the
   wrong: what    the first thing that differs, or that fails while it runs
   refused: why   an error while the model is split
 
+transformers asks for accelerate before it loads with a plan; where that is not installed, only this check is skipped.
+
 speed: forward and backward of a Llama (sdpa, cross entropy over the logits), two ranks of one thread each, against torch's
 `parallelize_module` with the plan of its tensor parallelism tutorial and against the `tp_plan`. The arms share the processes and
 take turns, in another order each round; the losses have to agree first. In brackets: what a step sends.
