@@ -81,7 +81,8 @@ TARGETS: dict[str, tuple[str, Shape, set[str]]] = {
     "deepspeed-universal 3": ("deepspeed-universal", Shape(world=2, zero_stage=3), ALL),
     "dcp": ("dcp", Shape(), ALL),
     "megatron": ("megatron", Shape(tp=2, pp=2), {"parameter"}),
-    "megatron-dist": ("megatron-dist", Shape(), ALL),
+    # One parameter is frozen, and Megatron's optimizer has moments of all or is not there (test_megatron.py has those).
+    "megatron-dist": ("megatron-dist", Shape(), {"parameter"}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"}, "float16, tied": {"dtype": "float16", "tie_word_embeddings": True},
