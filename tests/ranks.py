@@ -30,7 +30,9 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
         pipes, processes = [], []
         for rank in range(ranks):
             receive, send = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_main, args=(rank, ranks, f"{folder}/store", send, function, args))
+            process = _CONTEXT.Process(
+                target=_main, args=(rank, ranks, f"{folder}/store", send, timeout, function, args)
+            )
             process.start()
             send.close()
             pipes.append(receive)
@@ -59,7 +61,13 @@ def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[bool, Any]:
 
 
 def _main(
-    rank: int, ranks: int, store: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    store: str,
+    send: Connection,
+    timeout: float,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -67,7 +75,7 @@ def _main(
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
         )
         send.send((True, function(rank, *args)))
         dist.barrier()

@@ -103,6 +103,7 @@ OVERRIDES: dict[str, Fields] = {
             "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "per_layer_config": {},
         },
     },
+    "gemma4_unified_assistant": {"backbone_hidden_size": HIDDEN},
     "gemma4_text": {"per_layer_config": {"01": {"head_dim": 32}}},
     "gemma4_unified_text": {"per_layer_config": {"01": {"head_dim": 32}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},

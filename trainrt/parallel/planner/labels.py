@@ -162,8 +162,14 @@ class Flow:
     def join(self, a: Tensor, b: Tensor) -> None:
         """Element by element, where both have labels."""
         both = (a != 0) & (b != 0) & (a != b)
-        if both.any():
-            self.edges.append(np.unique(np.stack((a[both].numpy(), b[both].numpy()), 1), axis=0))
+        if not both.any():
+            return
+        one, other = a[both].numpy(), b[both].numpy()
+        apart = self.atoms.group[one] != self.atoms.group[other]
+        if apart.any():
+            # One number for each pair: unique numbers are found many times faster than unique rows.
+            pairs = np.unique(one[apart] * self.atoms.count + other[apart])
+            self.edges.append(np.stack(np.divmod(pairs, self.atoms.count), 1))
 
     def merge(self, labels: list[Tensor], shape: tuple[int, ...]) -> Tensor:
         """One label for each element of a pointwise result."""

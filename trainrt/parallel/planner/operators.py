@@ -137,13 +137,10 @@ def pointwise(flow: Flow, op: Op) -> None:
                 flow.set_label(ref, label)
         flow.taint(op.outputs)
         return
-    if op.in_place:
-        flow.demote([weight for _, weight in held], op)
-        flow.taint(op.outputs)
-        return
     derived = _derived(flow, op, inputs, held, out)
-    if derived is not None:
-        flow.weights[out.storage] = derived
+    if derived is not None and (not op.in_place or held[0][0] is inputs[0]):
+        # What is written in place of a weight lies where it did.
+        flow.weights.update({} if op.in_place else {out.storage: derived})
     else:
         flow.demote([weight for _, weight in held], op)
         flow.taint(op.outputs)

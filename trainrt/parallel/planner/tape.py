@@ -34,13 +34,21 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One operator: `args` and `kwargs` with tensors replaced by Refs. `module`: the innermost module that ran it."""
+    """One operator: `args` and `kwargs` with tensors replaced by Refs, which `inputs` lists.
+
+    module: the innermost module that ran it.
+    """
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[Ref, ...]
     module: str
+    inputs: list[Ref] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = [value for value in tree_flatten((self.args, self.kwargs))[0] if isinstance(value, Ref)]
+        object.__setattr__(self, "inputs", found)
 
     @property
     def name(self) -> str:
@@ -52,10 +60,6 @@ class Op:
     def in_place(self) -> bool:
         name: str = self.func.overloadpacket.__name__
         return name.endswith("_") and not name.endswith("__")
-
-    @property
-    def inputs(self) -> list[Ref]:
-        return [value for value in tree_flatten((self.args, self.kwargs))[0] if isinstance(value, Ref)]
 
 
 @dataclass(slots=True)
