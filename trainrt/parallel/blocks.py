@@ -6,6 +6,11 @@ from torch import nn
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList | None:
-    """The module list that holds the most parameters, or None."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    """The module list that holds the most parameters, or None. Its modules must be called, not only looked into."""
+    containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not any(isinstance(m, containers) for m in module)
+    ]
     return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)

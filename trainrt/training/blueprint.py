@@ -13,6 +13,7 @@ from trainrt.config import JobConfig
 from trainrt.parallel.planner.probe import Blueprint, hollow, materialize, shortened, source_of
 from trainrt.training.data import collate
 from trainrt.training.models.build import construct, huggingface_config
+from trainrt.training.models.moe_lm import MoeLm
 from trainrt.training.objectives import evaluate_loss
 from trainrt.training.pipeline import Pipeline, loss_function
 
@@ -103,7 +104,7 @@ def small_batch(config: JobConfig, pipeline: Pipeline, model: nn.Module) -> Mapp
 
 
 def vocabulary_of(config: JobConfig, model: nn.Module) -> int:
-    """The number of tokens a model knows; a byte's where it does not say."""
-    if config.model.kind == "moe_lm" and not hasattr(model, "config"):
-        return config.moe_lm.vocab_size
-    return int(getattr(getattr(model, "config", None), "vocab_size", 256) or 256)
+    """Tokens that a model surely knows: a byte's, or fewer where it says so."""
+    if config.model.kind == "moe_lm" and isinstance(model, MoeLm):
+        return min(256, config.moe_lm.vocab_size)
+    return min(256, int(getattr(getattr(model, "config", None), "vocab_size", 256) or 256))

@@ -126,6 +126,8 @@ def load_for_plan(source: Path, *, nodes: int | None = None, devices_per_node: i
         length = min(DataConfig().sequence_length, document.get("max_position_embeddings") or sys.maxsize)
         model = {"kind": "huggingface", "config": str(source)}
         return parse({"model": model, "data": {"sequence_length": length}, "cluster": cluster})
+    # The user's module lies beside the job, as for a launch.
+    sys.path.insert(0, str(source.absolute().parent))
     return load(source, [f"cluster.{key}={value}" for key, value in sizes if value is not None])
 
 
