@@ -25,7 +25,10 @@ RULE = "expert-parallel: each rank holds a run of experts"
 
 
 def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
-    """The modules of experts of a model, by name with its numbers blanked. Runs the small model once."""
+    """The modules of experts of a model, by name with its numbers blanked. Runs the small model once.
+
+    Raises PlanError where it cannot be run.
+    """
     model = blueprint.make().eval()
     shortened(model)
     materialize(model)
@@ -40,10 +43,14 @@ def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
                     found.setdefault(_blank(name), form)
 
             hooks.append(module.register_forward_pre_hook(seen, with_kwargs=True))
-    with torch.no_grad():
-        blueprint.loss(model)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            blueprint.loss(model)
+    except Exception as error:
+        raise PlanError(f"the model cannot be run on a small batch: {type(error).__name__}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 
