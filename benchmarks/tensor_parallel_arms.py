@@ -70,7 +70,7 @@ class Ours(Arm):
                 return make()
 
         model = make()
-        sharding = find_sharding(Blueprint(small, planned or loss, ""), mesh.size()).spread(model)
+        sharding = find_sharding(Blueprint(small, planned or loss, lambda: ""), mesh.size()).spread(model)
         self._splits = sharding.splits
         self._axis = shard_model(model, sharding.splits, mesh)
         super().__init__(model, loss)
@@ -94,7 +94,7 @@ class HuggingFace(Arm):
         from transformers.distributed import DistributedConfig
 
         _need_no_accelerate()
-        model = cls.from_pretrained(  # type: ignore[attr-defined]
+        model = cls.from_pretrained(
             saved, dtype=torch.get_default_dtype(), attn_implementation=attention,
             distributed_config=DistributedConfig(tp_size=mesh.size(), tp_plan="auto"),
         )  # fmt: skip

@@ -40,10 +40,10 @@ class OnCpu(TorchFunctionMode):
 
 def without_cuda() -> TorchFunctionMode:
     """What megatron-core asks of CUDA, answered for the CPU."""
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
-    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()  # type: ignore[assignment]
-    Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment,misc]
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    Tensor.cuda = lambda self, *_, **__: self
     from megatron.core import tensor_parallel
     from megatron.core.transformer.moe import moe_utils
 

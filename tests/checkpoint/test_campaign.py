@@ -32,12 +32,9 @@ def test_flipped_bits_and_truncations_are_found(seed: int, tmp_path: Path) -> No
 LIMIT = 700 << 20
 
 
-def test_a_source_larger_than_the_memory_allowed_is_converted_in_it(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.campaign
+def test_a_source_larger_than_the_memory_allowed_is_converted_in_it(tmp_path: Path) -> None:
     """The proportional set size of all processes of a conversion, measured from outside, against `--memory`."""
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
     rows = 300_000
     tensors = {f"model.layers.{n}.weight": torch.full((rows, 256), float(n)) for n in range(4)}
     (tmp_path / "hf").mkdir()

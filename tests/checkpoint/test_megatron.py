@@ -229,9 +229,8 @@ def test_an_optimizer_that_is_not_understood_is_left_out_and_named(made: Made) -
     assert opened.metadata["optimizer"] == {}
 
 
-def test_buffers_by_rank_are_named_and_the_model_is_read(made: Made, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.campaign
+def test_buffers_by_rank_are_named_and_the_model_is_read(made: Made) -> None:
     path, _ = make(made, DIST, {"world": 2, "optimizer": "distributed", "sharding": "dp_reshardable"})
     opened = open_any(path)
     assert {role for _, role in opened.source.layout.tensors} == {"parameter"}

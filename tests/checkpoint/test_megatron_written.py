@@ -124,14 +124,11 @@ def go_on(
     return np.load(path.parent / "losses.npy"), np.load(tmp_path / "after" / "losses.npy")
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     ("to", "shape"), [("megatron", Shape()), ("megatron", Shape(pp=2)), ("megatron-dist", Shape())]
 )
-def test_megatron_goes_on_on_another_mesh(
-    to: str, shape: Shape, made: Made, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+def test_megatron_goes_on_on_another_mesh(to: str, shape: Shape, made: Made, tmp_path: Path) -> None:
     pp = shape.pp or 1
     mesh = {"world": pp, "tp": 1, "pp": pp}
     losses, there = go_on(made, tmp_path, CLASSIC, {**FULL, **ON_FOUR}, to, shape, mesh=mesh)

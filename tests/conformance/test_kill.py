@@ -41,10 +41,9 @@ def final_digests(run_dir: RunDir) -> dict[Any, str]:
     return {(t["name"], t["role"]): t["digest"] for t in inspect(run_dir.checkpoint(STEPS))["tensors"]}
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_kill_and_restore(row: Row, tmp_path: Path, record_property: Any, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+def test_kill_and_restore(row: Row, tmp_path: Path, record_property: Any) -> None:
     record_property("cell", (row.name, "kill and restore"))
     undisturbed, killed = RunDir(tmp_path / "undisturbed"), RunDir(tmp_path / "killed")
     with launched(write_job(tmp_path, config_of(row, tmp_path, nodes=1)), undisturbed.path) as process:

@@ -79,9 +79,8 @@ def test_two_nodes_die_at_once(run: FaultyRun) -> None:
     run.settled()
 
 
-def test_a_second_node_dies_while_the_first_is_replaced(run: FaultyRun, request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("it takes two more nodes: runs with --campaign")
+@pytest.mark.campaign
+def test_a_second_node_dies_while_the_first_is_replaced(run: FaultyRun) -> None:
     seen, _ = run.fault()
     first, second = run.seat(0), run.seat(3)
     run.kill_node(first)

@@ -35,10 +35,9 @@ def test_more_nodes_than_parity_without_a_checkpoint_are_a_loud_stop(tmp_path: P
         run.end()
 
 
-def test_memory_of_an_older_run_is_no_state_and_is_removed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.campaign
+def test_memory_of_an_older_run_is_no_state_and_is_removed(tmp_path: Path) -> None:
     """Everything is killed at once, as if the host had lost its power and kept its files."""
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
     run = FaultyRun(tmp_path, nodes=2, spares=0, m=1, checkpoints=5)
     run.launch()
     try:

@@ -24,11 +24,8 @@ def pulled(run: FaultyRun) -> int:
     return sum(StoreAdmin(address, secret).status()["pulled"] for address in record.stores.values())
 
 
-def test_a_node_of_replicas_is_decoded_from_parity_that_needed_no_network(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign; tests/checkpoint/test_parity.py has the short one")
+@pytest.mark.campaign
+def test_a_node_of_replicas_is_decoded_from_parity_that_needed_no_network(tmp_path: Path) -> None:
     run = FaultyRun(tmp_path, nodes=NODES, spares=0, m=1, mesh=MESH)
     run.launch()
     try:

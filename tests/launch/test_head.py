@@ -48,11 +48,8 @@ def cluster(tmp_path: Path) -> Iterator[RayCluster]:
         yield made
 
 
-def test_a_joined_cluster_may_be_started_anew_on_the_same_hosts(
-    cluster: RayCluster, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.campaign
+def test_a_joined_cluster_may_be_started_anew_on_the_same_hosts(cluster: RayCluster, tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.toml", run={"steps": 100000}, checkpoint={"every": 0})
     run = Run(tmp_path / "run", job, "--address", cluster.address).launch()
     try:

@@ -135,7 +135,7 @@ def planned(kind: str) -> Sharding:
                 return causal_models.build(causal_models.configuration(kind))
 
         try:
-            blueprint = Blueprint(make, lambda model: loss_of(model, samples=1), kind)
+            blueprint = Blueprint(make, lambda model: loss_of(model, samples=1), lambda: kind)
             answer = [find_sharding(blueprint, dist.get_world_size())]
         except Exception as error:
             answer = [f"the planner: {type(error).__name__}: {error}"]

@@ -15,6 +15,8 @@ import torch
 from tests.parallel.architectures import FAMILIES, batch, loss, model
 from tests.ranks import run_ranks
 from trainrt.errors import PlanError
+from trainrt.parallel.collectives import ExchangeRows
+from trainrt.parallel.moe.exchange import Exchange
 from trainrt.parallel.planner.probe import Blueprint, hollow
 from trainrt.parallel.sharded.owners import Owners, Split
 from trainrt.parallel.sharded.tensor import Axis
@@ -33,7 +35,7 @@ def blueprint(family: str) -> Blueprint:
         made.config._experts_implementation = "eager"
         return made
 
-    return Blueprint(make, lambda made: loss(family, made, batch(family)), family)
+    return Blueprint(make, lambda made: loss(family, made, batch(family)), lambda: family)
 
 
 def split(rank: int, family: str, ranks: int, spoil: str = "") -> Verdict:
@@ -53,12 +55,14 @@ def split(rank: int, family: str, ranks: int, spoil: str = "") -> Verdict:
     return compare_split(plan, sharding, init_device_mesh("cpu", (ranks,)))
 
 
-def spread(rank: int, family: str) -> Verdict:
+def spread(rank: int, family: str, spoil: bool = False) -> Verdict:
     from torch.distributed.device_mesh import init_device_mesh
 
     from trainrt.parallel.planner.experts import find_experts
     from trainrt.parallel.verify import compare_experts
 
+    if spoil:
+        Exchange.back = lambda self, y: ExchangeRows.apply(y, self.receive, self.send, self.group)
     plan = blueprint(family)
     return compare_experts(plan, find_experts(plan), init_device_mesh("cpu", (2,)))
 
@@ -80,6 +84,11 @@ def test_experts_of_any_mixture_are_spread(family: str) -> None:
     verdict = run_ranks(2, spread, family)[0]
     assert verdict.right, verdict
     assert verdict.held < 0.75
+
+
+def test_rows_that_come_back_in_another_order_are_noticed() -> None:
+    """Negative control for the exchange."""
+    assert not run_ranks(2, spread, "mixtral", True)[0].right
 
 
 def test_a_plan_that_does_not_fit_is_slow_and_not_wrong() -> None:

@@ -201,6 +201,11 @@ class ParameterPlan:
         return tuple(found)
 
 
+def kind_of(name: str) -> str:
+    """A name with its numbers blanked: that of every layer and every expert of a kind."""
+    return re.sub(r"[0-9]+", "*", name)
+
+
 def _placement(cut: Cut) -> str:
     if cut.runs is None or all(len(runs) == 1 for runs in cut.runs):
         return f"shard({cut.dim})"
@@ -357,7 +362,7 @@ class Plan:
         kinds: dict[tuple[str, str], tuple[int, str]] = {}
         for parameter in self.parameters:
             if not {cut.axis for cut in parameter.cuts} & {"tp", "ep"} and not parameter.buffer:
-                kind = (re.sub(r"[0-9]+", "*", parameter.name), parameter.rule)
+                kind = (kind_of(parameter.name), parameter.rule)
                 elements = kinds.get(kind, (0, ""))[0] + math.prod(parameter.shape)
                 kinds[kind] = (elements, f"{kind[0]}: {parameter.rule}")
         for elements, text in sorted(kinds.values(), reverse=True):

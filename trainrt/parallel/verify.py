@@ -1,66 +1,27 @@
 """Whether a plan is right: the model, made small, run split and in one piece; loss and every gradient compared.
 
-Nobody else does this: a wrong plan is wrong numbers, not an error. A plan that does not pass is refused with the module named.
+Without it a wrong plan would be wrong numbers, not an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from trainrt.errors import PlanError
+from trainrt.parallel.moe.experts import local
 from trainrt.parallel.moe.form import ExpertsForm
 from trainrt.parallel.moe.parallel import spread_experts
 from trainrt.parallel.planner.experts import experts_of
-from trainrt.parallel.planner.probe import Blueprint, materialize, shortened
+from trainrt.parallel.planner.probe import Blueprint, small_model
 from trainrt.parallel.planner.sharding import Sharding
-from trainrt.parallel.sharded.model import shard_model
-from trainrt.parallel.sharded.tensor import Sharded
-
-LOSS, GRADIENT = 1e-6, 5e-6
-"""Relative errors that pass. Doubles are compared, but models round to floats here and there."""
-
-NOTHING = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Gradients below this share of the whole gradient's norm count as zero (a key bias has none in exact arithmetic)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a comparison found. worst: the parameter whose gradient differs most. held: the share of elements a rank holds.
-
-    gathered: operators that had no rule for split tensors, with how often they ran: right, but slow.
-    """
-
-    ranks: int
-    precision: str
-    loss_error: float
-    gradient_error: float
-    worst: str
-    held: float
-    gathered: Mapping[str, int]
-
-    @property
-    def right(self) -> bool:
-        # Comparisons with nan are false.
-        return self.loss_error <= LOSS and self.gradient_error <= GRADIENT
-
-    def require(self, what: str) -> None:
-        """Raises PlanError where the plan is not right."""
-        if self.right:
-            return
-        module = self.worst.rpartition(".")[0] or "the model"
-        raise PlanError(
-            f"{what}: the plan of {module} is not right: the gradient of {self.worst} differs by {self.gradient_error:.1e} "
-            f"(relative), the loss by {self.loss_error:.1e}, from one process; allowed: 1"
-        )
+from trainrt.parallel.sharded.model import full, shard_model
+from trainrt.parallel.verdict import NOTHING, Verdict
 
 
 class Divided(NamedTuple):
@@ -112,22 +73,22 @@ def _compare(blueprint: Blueprint, divide: Callable[[nn.Module], Divided], mesh:
 def _compared(
     blueprint: Blueprint, divide: Callable[[nn.Module], Divided], mesh: DeviceMesh, dtype: torch.dtype
 ) -> Verdict:
-    model = _small(blueprint, dtype)
+    model = small_model(blueprint, dtype=dtype)
     expected = blueprint.loss(model)
     expected.backward()
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     reference = {name: zeros[name] if p.grad is None else p.grad for name, p in model.named_parameters()}
     elements = sum(p.numel() for p in model.parameters())
     nothing = NOTHING[dtype] * float(torch.stack([g.double().norm() for g in reference.values()]).norm())
-    model = _small(blueprint, dtype)
+    model = small_model(blueprint, dtype=dtype)
     divided = divide(model)
     loss = blueprint.loss(model)
-    (loss.full() if isinstance(loss, Sharded) else loss).backward()
+    full(loss).backward()
     errors = torch.zeros(len(reference), dtype=torch.float64)
     for position, (name, parameter) in enumerate(model.named_parameters()):
         part = divided.parts.get(name)
         wanted = reference[name] if part is None else part(reference[name]) * divided.times
-        found = torch.zeros_like(wanted) if parameter.grad is None else _local(parameter.grad)
+        found = torch.zeros_like(wanted) if parameter.grad is None else local(parameter.grad)
         scale = divided.times if part is not None else 1.0
         errors[position] = float((found - wanted).norm()) / scale / max(float(reference[name].norm()), nothing, 1e-300)
     dist.all_reduce(errors, op=dist.ReduceOp.MAX, group=mesh.get_group())
@@ -136,16 +97,5 @@ def _compared(
     return Verdict(
         ranks=mesh.size(), precision=str(dtype).removeprefix("torch."), gradient_error=float(errors[worst]),
         loss_error=difference / max(abs(float(expected.detach())), 1e-12), worst=list(reference)[worst],
-        held=sum(_local(p).numel() for p in model.parameters()) / elements, gathered=dict(divided.gathered),
+        held=sum(local(p).numel() for p in model.parameters()) / elements, gathered=dict(divided.gathered),
     )  # fmt: skip
-
-
-def _small(blueprint: Blueprint, dtype: torch.dtype) -> nn.Module:
-    model = blueprint.make().eval()
-    shortened(model)
-    materialize(model, dtype=dtype)
-    return model
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainrt.config import JobConfig
-from trainrt.parallel.planner.probe import Blueprint, hollow, materialize, shortened, source_of
+from trainrt.parallel.planner.probe import Blueprint, hollow, shortened, small_model, source_of
 from trainrt.training.data import collate
 from trainrt.training.models.build import construct, huggingface_config
 from trainrt.training.models.moe_lm import MoeLm
@@ -19,7 +20,6 @@ from trainrt.training.pipeline import Pipeline, loss_function
 
 TOKENS = 16
 """Of a planning run: enough to reach every expert of a small mixture, no more than a tiny model has positions."""
-
 
 SCALED_ELEMENTS = 30_000_000
 """Models with more in the layers that are kept are verified with smaller ones of the same structure, where that can be."""
@@ -38,8 +38,11 @@ def blueprint_of(config: JobConfig, pipeline: Pipeline, model: nn.Module | None 
         batch = {name: _as(value, dtype) for name, value in small_batch(config, pipeline, small).items()}
         return evaluate_loss(loss, small, batch).total()
 
-    model = model if model is not None else make()
-    key = json.dumps([source_of(model), config.model.model_dump(), config.moe.model_dump()], default=str)
+    @cache
+    def key() -> str:
+        made = source_of(model if model is not None else make())
+        return json.dumps([made, config.model.model_dump(), config.moe.model_dump()], default=str)
+
     return Blueprint(make, run, key)
 
 
@@ -62,14 +65,12 @@ def scaled(config: JobConfig, pipeline: Pipeline) -> Blueprint:
         )
         try:
             made = blueprint_of(smaller, pipeline)
-            small = made.make()
-            shortened(small)
-            materialize(small)
             with torch.no_grad():
-                made.loss(small)
-            return made
+                made.loss(small_model(made))
         except Exception:
+            # Such sizes are none that the model's code can run with; larger ones may be.
             continue
+        return made
     return blueprint
 
 

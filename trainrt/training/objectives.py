@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainrt.config import JobConfig
+from trainrt.parallel.sharded.model import full
 from trainrt.training.models.moe_lm import LmOutput
 
 
@@ -59,7 +60,8 @@ def causal(config: JobConfig) -> LossFunction:
 
 def evaluate_loss(function: LossFunction, model: nn.Module, batch: Mapping[str, Any]) -> Loss:
     """Call a loss function, ours or a user's (sum, weight)."""
-    result = function(model, batch)
+    # Of a split model's outputs a loss may be a sum that is split too: outside it is a plain tensor.
+    result = full(function(model, batch))
     if isinstance(result, Loss):
         return result
     total, weight = result

@@ -20,7 +20,7 @@ from trainrt.config import JobConfig
 from trainrt.errors import PlanError
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.sharding import Cache, experts_in, key_of, sharding_of
-from trainrt.parallel.verify import Verdict, compare_experts, compare_split
+from trainrt.parallel.verdict import Verdict
 from trainrt.training.blueprint import blueprint_of, scaled
 from trainrt.training.pipeline import load_pipeline
 
@@ -30,11 +30,11 @@ RANKS = 4
 SECONDS = 300
 
 
-def verified(config: JobConfig, plan: Plan, *, cache: Cache | None = None) -> Plan:
+def verified(config: JobConfig, plan: Plan) -> Plan:
     """The plan with the verdicts on its forms that need one (tp, ep). Raises PlanError where one is not right."""
     if plan.mesh.tp == plan.mesh.ep == 1:
         return plan
-    cache = cache or Cache()
+    cache = Cache()
     blueprint = blueprint_of(config, load_pipeline(config))
     verdicts: dict[str, dict[str, Any]] = {}
     for axis in ("tp", "ep"):
@@ -59,16 +59,16 @@ def _run(config: JobConfig, axis: str, ranks: int) -> dict[str, Any]:
         job = Path(folder) / "job.json"
         job.write_text(config.model_dump_json())
         arguments = [sys.executable, "-m", "trainrt.training.verification", folder, axis, str(ranks)]
-        processes = [
-            subprocess.Popen(
-                [*arguments, str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-            )
-            for rank in range(ranks)
-        ]
-        errors = []
+        logs = [Path(folder) / f"rank-{rank}.log" for rank in range(ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            # A file, not a pipe: a rank that says much must not wait for one that is read later.
+            with log.open("wb") as file:
+                command = [*arguments, str(rank)]
+                processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
         try:
             for process in processes:
-                errors.append(process.communicate(timeout=SECONDS)[1].decode())
+                process.wait(SECONDS)
         except subprocess.TimeoutExpired as error:
             raise PlanError(f"parallel.{axis}: the plan could not be verified within {SECONDS} s") from error
         finally:
@@ -77,7 +77,7 @@ def _run(config: JobConfig, axis: str, ranks: int) -> dict[str, Any]:
                 process.wait()
         verdict = Path(folder) / "verdict.json"
         if not verdict.exists():
-            lines = [line for text in errors for line in text.strip().splitlines()[-1:]]
+            lines = [line for log in logs for line in log.read_text(errors="replace").strip().splitlines()[-1:]]
             raise PlanError(f"parallel.{axis}: the plan could not be verified: {lines[0] if lines else 'no word'}")
         found: dict[str, Any] = json.loads(verdict.read_text())
         return found
@@ -88,6 +88,8 @@ def main(folder: str, axis: str, ranks: int, rank: int) -> None:
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
+
+    from trainrt.parallel.verify import compare_experts, compare_split
 
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -21,6 +21,7 @@ from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.moe.exchange import Exchange
 from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.moe.form import ExpertsForm
+from trainrt.parallel.shown import show
 
 
 def spread_experts(
@@ -36,7 +37,7 @@ def spread_experts(
                 cut = DTensor.from_local(share, mesh, [Shard(0)], run_check=False)
                 owner._parameters[leaf] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
                 if form is not None:
-                    _show_local(owner, leaf)
+                    show(owner, leaf)
         if isinstance(module, Experts):
             module.ep_group, module.tp_group = mesh.get_group(), tp
         elif form is not None:
@@ -52,17 +53,6 @@ def _tell_number(module: nn.Module, experts: int, here: int) -> None:
         for key, value in list(vars(owner).items()):
             if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value == experts:
                 setattr(owner, key, here)
-
-
-def _show_local(owner: nn.Module, leaf: str) -> None:
-    """The module's code computes with the local tensor."""
-
-    def seen(self: nn.Module) -> Any:
-        stored = self._parameters[leaf]
-        return stored.to_local() if isinstance(stored, DTensor) and stored.device_mesh.ndim == 1 else stored
-
-    cls = type(owner)
-    owner.__class__ = type(cls.__name__, (cls,), {leaf: property(seen)})
 
 
 def _exchanged(

@@ -6,18 +6,18 @@ a small run did not reach (an expert that no token chose) follows its like.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from trainrt.parallel.plan import kind_of
 from trainrt.parallel.planner.deal import deal
 from trainrt.parallel.planner.labels import Atoms, Conflict, Flow, Mask, Use
 from trainrt.parallel.planner.tape import Ref, Tape
 from trainrt.parallel.planner.weights import Dim, Indices
-from trainrt.parallel.sharded.owners import ALL, Owners
+from trainrt.parallel.sharded.owners import ALL, Owners, Split
 
 WALKS = 8
 """More than any model has needed for its groups to settle."""
@@ -29,27 +29,12 @@ TABLE = "vocabulary-parallel: rows are looked up"
 BOUND = "bound: meets split channels one by one"
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """One dimension of a parameter, who holds each index of it, and the rule that says so."""
-
-    dim: int
-    owners: Owners
-    rule: str
-
-
 @dataclass(slots=True)
 class Choice:
-    """The cut of each parameter, and for the others why they are whole. `reductions`: sums over split channels."""
+    """The split of each parameter that is cut, and the rule of every one: why it is cut, or whole."""
 
-    cuts: dict[str, Cut] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
-    reductions: int = 0
-
-
-def structure(name: str, shape: tuple[int, ...]) -> str:
-    """What a parameter is, whichever layer or expert it belongs to."""
-    return f"{re.sub(r'[0-9]+', '*', name)} {shape}"
+    splits: dict[str, Split] = field(default_factory=dict)
+    rules: dict[str, str] = field(default_factory=dict)
 
 
 class Chooser:
@@ -68,11 +53,10 @@ class Chooser:
         candidates = self._candidates(flow)
         for reduce in (False, True):
             self.reduce = reduce
-            for name, keys in candidates.items():
-                if any(key[0] in best.cuts for key in keys):
-                    continue
-                best = self._extend(keys, flow, best, name)
-        best.whole = {name: self._why(name, flow) for name in self.sizes if name not in best.cuts}
+            for keys in candidates.values():
+                if not any(key[0] in best.splits for key in keys):
+                    best = self._extend(keys, flow, best)
+        best.rules |= {name: self._why(name, flow) for name in self.sizes if name not in best.splits}
         return best
 
     def _candidates(self, flow: Flow) -> dict[str, list[Dim]]:
@@ -80,13 +64,13 @@ class Chooser:
         found: dict[str, list[Dim]] = defaultdict(list)
         for key in (*flow.columns, *sorted(flow.tables)):
             name, dim = key
-            mark = f"{structure(name, self.sizes[name])} {dim}"
-            if self.sizes[name][dim] >= self.ranks and key not in found[mark]:
-                found[mark].append(key)
-        size = {mark: sum(int(np.prod(self.sizes[name])) for name, _ in keys) for mark, keys in found.items()}
-        return {mark: found[mark] for mark in sorted(found, key=lambda mark: -size[mark])}
+            kind = f"{kind_of(name)} {self.sizes[name]} {dim}"
+            if self.sizes[name][dim] >= self.ranks and key not in found[kind]:
+                found[kind].append(key)
+        size = {kind: sum(int(np.prod(self.sizes[name])) for name, _ in keys) for kind, keys in found.items()}
+        return {kind: found[kind] for kind in sorted(found, key=lambda kind: -size[kind])}
 
-    def _extend(self, keys: list[Dim], flow: Flow, best: Choice, mark: str) -> Choice:
+    def _extend(self, keys: list[Dim], flow: Flow, best: Choice) -> Choice:
         whole = {key: np.ones(self.sizes[key[0]][key[1]], bool) for key in keys}
         for masks in (whole, *self._segments(keys, flow)):
             active = {
@@ -179,18 +163,16 @@ class Chooser:
             groups[name] = np.where(split[group], group, 0)
         side_by_side = [found[split[found]] for found in flow.together]
         rank = deal(groups, side_by_side, self.ranks, count=flow.atoms.count)
-        choice = Choice(reductions=flow.reductions)
-        for name, (dim, rule) in dims.items():
-            choice.cuts[name] = Cut(dim, Owners(rank[groups[name]], self.ranks), rule)
-        return choice
+        splits = {name: Split(dim, Owners(rank[groups[name]], self.ranks)) for name, (dim, _) in dims.items()}
+        return Choice(splits, {name: rule for name, (_, rule) in dims.items()})
 
     def held(self, choice: Choice) -> float:
         """Elements a rank holds, on average."""
         total = 0.0
         for name, size in self.sizes.items():
             share = 1.0
-            if name in choice.cuts:
-                share = float(np.where(choice.cuts[name].owners.array == ALL, 1.0, 1.0 / self.ranks).mean())
+            if name in choice.splits:
+                share = float(np.where(choice.splits[name].owners.array == ALL, 1.0, 1.0 / self.ranks).mean())
             total += share * float(np.prod(size))
         return total
 

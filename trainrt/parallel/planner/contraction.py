@@ -102,8 +102,6 @@ def _with_weight(flow: Flow, op: Op, x: Operand, w: Operand) -> Tensor | None:
         x.label,
         op,
     )
-    for key in inner:
-        flow.rows.setdefault(key, op)
     return None
 
 

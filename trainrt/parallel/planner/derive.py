@@ -22,9 +22,9 @@ def derive(
     `parts` maps live tensors to the logical ones they pack; what it does not name is logical itself.
     Raises PlanError where a form is asked for that the model does not have.
     """
-    sharding = sharding_of(blueprint, size.tp).spread(model) if size.tp > 1 else Sharding(1)
     modules = experts_of(model, experts_in(blueprint)) if size.ep > 1 else {}
     experts = expert_cuts(model, size, modules) if size.ep > 1 else {}
+    sharding = sharding_of(blueprint, size.tp).spread(model) if size.tp > 1 else Sharding(1)
     parts = parts or {}
     names: dict[int, str] = {}
     aliases: dict[str, str] = {}

@@ -7,7 +7,6 @@ Experts are a module that is called with rows (N, D), for each row the numbers o
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +17,8 @@ from trainrt.config import MeshSize
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.moe.form import ExpertsForm
-from trainrt.parallel.plan import Cut
-from trainrt.parallel.planner.probe import Blueprint, materialize, shortened
+from trainrt.parallel.plan import Cut, kind_of
+from trainrt.parallel.planner.probe import Blueprint, small_model
 
 RULE = "expert-parallel: each rank holds a run of experts"
 
@@ -29,9 +28,7 @@ def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
 
     Raises PlanError where it cannot be run.
     """
-    model = blueprint.make().eval()
-    shortened(model)
-    materialize(model)
+    model = small_model(blueprint)
     found: dict[str, ExpertsForm] = {}
     hooks = []
     for name, module in model.named_modules():
@@ -40,7 +37,7 @@ def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
             def seen(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 form = _form(module, args, kwargs)
                 if form is not None:
-                    found.setdefault(_blank(name), form)
+                    found.setdefault(kind_of(name), form)
 
             hooks.append(module.register_forward_pre_hook(seen, with_kwargs=True))
     try:
@@ -52,10 +49,6 @@ def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
         for hook in hooks:
             hook.remove()
     return found
-
-
-def _blank(name: str) -> str:
-    return re.sub(r"[0-9]+", "*", name)
 
 
 def _form(module: nn.Module, args: Any, kwargs: Any) -> ExpertsForm | None:
@@ -90,8 +83,8 @@ def experts_of(model: nn.Module, forms: Mapping[str, ExpertsForm]) -> dict[str, 
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             found[name] = None
-        elif _blank(name) in forms:
-            found[name] = forms[_blank(name)]
+        elif kind_of(name) in forms:
+            found[name] = forms[kind_of(name)]
     return found
 
 

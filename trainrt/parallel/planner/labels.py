@@ -92,8 +92,6 @@ class Flow:
     columns: dict[Dim, Ref] = field(default_factory=dict)
     tables: set[Dim] = field(default_factory=set)
     direct: set[Dim] = field(default_factory=set)
-    rows: dict[Dim, Op] = field(default_factory=dict)
-    reductions: int = 0
     known: bool = False
     together: list[Indices] = field(default_factory=list)
     wide: list[tuple[Op, Tensor, list[int]]] = field(default_factory=list)
@@ -102,10 +100,9 @@ class Flow:
         """Follow the tape once. `known`: groups of an earlier walk are there to be relied on."""
         from trainrt.parallel.planner.operators import follow
 
-        self.labels, self.weights, self.edges, self.uses, self.reductions = {}, {}, [], [], 0
+        self.labels, self.weights, self.edges, self.uses = {}, {}, [], []
         self.together, self.wide = [], []
-        self.plain, self.direct, self.rows = {}, set(), {}
-        self.tainted = set(self.tape.inputs)
+        self.plain, self.direct, self.tainted = {}, set(), set()
         for name, ref in self.tape.parameters.items():
             self.weights[ref.storage] = Weight.of_parameter(name, ref)
         for op in self.tape.ops:
@@ -155,7 +152,7 @@ class Flow:
 
     def group(self, label: Tensor) -> Tensor:
         """Labels replaced by what their atoms are joined to."""
-        return torch.from_numpy(self.atoms.group[label.numpy()])
+        return torch.as_tensor(self.atoms.group[label.numpy()])
 
     # What an operator does to it.
 
@@ -190,7 +187,8 @@ class Flow:
             self.join(label, label.narrow(dim, 0, 1).expand_as(label))
 
     def atoms_of(self, key: Dim, grid: Indices) -> Tensor:
-        return torch.from_numpy(grid + self.atoms.first[key])
+        # numpy makes a number of a sum that has no dimensions: a weight may have none.
+        return torch.as_tensor(grid + self.atoms.first[key])
 
     def bind(self, ref: Ref, weight: Weight, label: Tensor, op: Op) -> None:
         """A weight met labelled elements of its own shape: it may be cut with them."""

@@ -20,7 +20,7 @@ from trainrt.parallel.planner.weights import Weight
 
 IDENTITY = {
     "clone", "_to_copy", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "tril", "triu",
-    "native_dropout", "dropout", "bernoulli",
+    "native_dropout",
 }  # fmt: skip
 MOVEMENT = {
     "cat", "stack", "index", "index_select", "gather", "repeat", "constant_pad_nd", "roll", "flip", "index_add",
@@ -48,16 +48,16 @@ def follow(flow: Flow, op: Op) -> None:
     if op.name in ALIKE or op.name in NEW:
         made(flow, op)
         return
-    labelled = any(flow.label(ref) is not None for ref in inputs)
+    split = any(flow.label(ref) is not None for ref in inputs)
     weighted = any(flow.weight(ref) is not None for ref in inputs)
-    if not labelled and not weighted:
+    if not split and not weighted:
         if any(ref.storage in flow.tainted for ref in inputs):
             flow.taint(op.outputs)
         return
     rule = _rule(op)
     if rule is not None:
         rule(flow, op)
-    elif labelled:
+    elif split:
         raise Conflict(f"{op.func} has no rule for split channels ({op.module})")
     else:
         plain(flow, op)
@@ -170,8 +170,7 @@ def _same(a: Weight, b: Weight) -> bool:
 def movement(flow: Flow, op: Op) -> None:
     """Elements go elsewhere: the operator itself is run on the labels."""
     inputs = [ref for ref in op.inputs if ref.data is None]
-    labelled = any(flow.label(ref) is not None for ref in inputs)
-    if not labelled:
+    if all(flow.label(ref) is None for ref in inputs):
         _weight_movement(flow, op)
         return
     out = op.outputs[0]
@@ -276,13 +275,24 @@ def _dims(op: Op, ref: Ref) -> tuple[list[int], bool]:
     return [dim % max(len(ref.size), 1) for dim in listed], bool(given.get("keepdim", False))
 
 
-def reduction(flow: Flow, op: Op) -> None:
+def labelled(rule: Callable[[Flow, Op, Ref, Tensor], None]) -> Callable[[Flow, Op], None]:
+    """A rule about the labels of the first operand; where that has none, weights are needed whole."""
+
+    def followed(flow: Flow, op: Op) -> None:
+        ref = op.inputs[0]
+        label = flow.label(ref)
+        if label is None:
+            plain(flow, op)
+            return
+        rule(flow, op, ref, label)
+        flow.taint(op.outputs)
+
+    return followed
+
+
+@labelled
+def reduction(flow: Flow, op: Op, ref: Ref, label: Tensor) -> None:
     """Channels added up must be on one rank, or be partial sums where that is allowed."""
-    ref = op.inputs[0]
-    label = flow.label(ref)
-    if label is None:
-        plain(flow, op)
-        return
     dims, keep = _dims(op, ref)
     first = _reduced(flow, op, label, dims, partial=op.name in SUMS)
     if first is not None and not keep:
@@ -290,7 +300,6 @@ def reduction(flow: Flow, op: Op) -> None:
             first = first.select(dim, 0)
     for out in op.outputs:
         flow.set_label(out, first)
-    flow.taint(op.outputs)
 
 
 def _reduced(flow: Flow, op: Op, label: Tensor, dims: list[int], *, partial: bool) -> Tensor | None:
@@ -305,7 +314,6 @@ def _reduced(flow: Flow, op: Op, label: Tensor, dims: list[int], *, partial: boo
             return None
         if not partial or bool((label == 0).any()):
             raise Conflict(f"{op.func} over split channels ({op.module})")
-        flow.reductions += 1
         return None
     if bool(((label == 0).any(dims[0], keepdim=True) & (label != 0).any(dims[0], keepdim=True)).any()):
         raise Conflict(f"{op.func} over channels of which some are split ({op.module})")
@@ -313,13 +321,9 @@ def _reduced(flow: Flow, op: Op, label: Tensor, dims: list[int], *, partial: boo
     return first
 
 
-def scan(flow: Flow, op: Op) -> None:
+@labelled
+def scan(flow: Flow, op: Op, ref: Ref, label: Tensor) -> None:
     """Order along a dimension matters: its channels must be on one rank."""
-    ref = op.inputs[0]
-    label = flow.label(ref)
-    if label is None:
-        plain(flow, op)
-        return
     where = 2 if op.name in ("topk", "kthvalue") else 1
     dim = op.kwargs.get("dim", op.args[where] if len(op.args) > where else -1) % len(ref.size)
     if flow.known and not flow.same_along(label, [dim]):
@@ -327,21 +331,15 @@ def scan(flow: Flow, op: Op) -> None:
     flow.join_along(label, [dim])
     for out in op.outputs:
         flow.set_label(out, label.narrow(dim, 0, out.size[dim]))
-    flow.taint(op.outputs)
 
 
-def softmax(flow: Flow, op: Op) -> None:
+@labelled
+def softmax(flow: Flow, op: Op, ref: Ref, label: Tensor) -> None:
     """Over split channels the log-softmax of a vocabulary is computed in parts; attention's is joined."""
-    ref = op.inputs[0]
-    label = flow.label(ref)
-    if label is None:
-        plain(flow, op)
-        return
     dim = op.args[1] % len(ref.size)
     if op.name != "_log_softmax":
         _reduced(flow, op, label, [dim], partial=True)
     flow.set_label(op.outputs[0], label)
-    flow.taint(op.outputs)
 
 
 def picked_loss(flow: Flow, op: Op) -> None:
@@ -351,15 +349,11 @@ def picked_loss(flow: Flow, op: Op) -> None:
         flow.set_label(out, None)
 
 
-def normalization(flow: Flow, op: Op) -> None:
+@labelled
+def normalization(flow: Flow, op: Op, ref: Ref, label: Tensor) -> None:
     """A norm over the last dimensions, with weights of their shape."""
-    ref = op.inputs[0]
-    label = flow.label(ref)
     shape = op.args[1]
     held = [value for value in op.args[2:4] if isinstance(value, Ref)]
-    if label is None:
-        plain(flow, op)
-        return
     dims = list(range(len(ref.size) - len(shape), len(ref.size)))
     _reduced(flow, op, label, dims, partial=True)
     for part in held:
@@ -367,7 +361,6 @@ def normalization(flow: Flow, op: Op) -> None:
         if weight is not None:
             flow.bind(part, weight, label, op)
     flow.set_label(op.outputs[0], label)
-    flow.taint(op.outputs)
 
 
 def embedding(flow: Flow, op: Op) -> None:

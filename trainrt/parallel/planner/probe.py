@@ -32,12 +32,12 @@ RANDOM_ELEMENTS = 1 << 20
 class Blueprint:
     """How to make a model without storage for its parameters, and how to run it: the loss of a small batch.
 
-    key: text that is the same for two models only if they compute the same way.
+    key: gives text that is the same for two models only if they compute the same way; asked for where a plan is looked up.
     """
 
     make: Callable[[], nn.Module]
     loss: Callable[[nn.Module], Tensor]
-    key: str
+    key: Callable[[], str]
 
 
 @contextlib.contextmanager
@@ -74,6 +74,14 @@ def trace(blueprint: Blueprint) -> Tape:
         except Exception as error:
             failure = error
     raise PlanError(f"the model cannot be run on a small batch: {type(failure).__name__}: {failure}") from failure
+
+
+def small_model(blueprint: Blueprint, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The shortened model with random weights, the same every time."""
+    model = blueprint.make().eval()
+    shortened(model)
+    materialize(model, dtype=dtype)
+    return model
 
 
 def shortened(model: nn.Module) -> bool:

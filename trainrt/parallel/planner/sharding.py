@@ -7,18 +7,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.form import ExpertsForm
-from trainrt.parallel.planner.choose import Chooser, structure
-from trainrt.parallel.planner.deal import Indivisible
+from trainrt.parallel.plan import kind_of
 from trainrt.parallel.planner.experts import find_experts
 from trainrt.parallel.planner.probe import Blueprint, trace
 from trainrt.parallel.sharded.owners import Runs, Split, owners_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,14 @@ class Sharding:
 
     def spread(self, model: nn.Module) -> Sharding:
         """The same for every parameter of the whole model: those that a small run left out follow their like."""
-        like: dict[str, str] = {}
+        like: dict[tuple[str, tuple[int, ...]], str] = {}
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name in self.rules:
             if name in shapes:
-                like.setdefault(structure(name, shapes[name]), name)
+                like.setdefault((kind_of(name), shapes[name]), name)
         splits, rules = {}, {}
         for name, shape in shapes.items():
-            known = name if name in self.rules and name in self.splits else like.get(structure(name, shape), name)
+            known = name if name in self.rules and name in self.splits else like.get((kind_of(name), shape), name)
             if known in self.splits:
                 splits[name] = self.splits[known]
             rules[name] = self.rules.get(known, "replicated: not reached by a run of the model")
@@ -61,20 +63,23 @@ class Sharding:
 
 def find_sharding(blueprint: Blueprint, ranks: int) -> Sharding:
     """The cuts of the small model. Raises PlanError where it cannot be run, or its heads do not divide."""
+    # Not every plan cuts, and scipy takes a fifth of a second to import.
+    from trainrt.parallel.planner.choose import Chooser
+    from trainrt.parallel.planner.deal import Indivisible
+
     try:
         choice = Chooser(trace(blueprint), ranks).choose()
     except Indivisible as error:
         raise PlanError(f"parallel.tp = {ranks} does not divide {error}") from error
-    splits = {name: Split(cut.dim, cut.owners) for name, cut in choice.cuts.items()}
-    return Sharding(ranks, splits, {**{name: cut.rule for name, cut in choice.cuts.items()}, **choice.whole})
+    return Sharding(ranks, choice.splits, choice.rules)
 
 
 class Cache:
     """What is known of structures, on disk: a file for each, written whole. Without a place to write, it forgets."""
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        self._directory = directory or Path(home) / "trainrt" / "plans"
+        self._directory = Path(home) / "trainrt" / "plans"
 
     def read(self, key: str) -> dict[str, Any] | None:
         try:
@@ -97,6 +102,7 @@ class Cache:
         return self._directory / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
+@lru_cache(maxsize=1)
 def _own_source() -> str:
     """A digest of the planner and of sharded execution: what they decide is theirs only."""
     room = Path(__file__).parent.parent
@@ -108,27 +114,54 @@ def _own_source() -> str:
 
 def key_of(what: str, blueprint: Blueprint) -> str:
     """The cache's key of something that this planner says of a structure."""
-    return f"{_own_source()} {what} {blueprint.key}"
+    return f"{_own_source()} {what} {blueprint.key()}"
 
 
-def sharding_of(blueprint: Blueprint, ranks: int, *, cache: Cache | None = None) -> Sharding:
+def sharding_of(blueprint: Blueprint, ranks: int) -> Sharding:
     """The cuts of the small model, from the cache where its structure is known. Raises PlanError."""
-    cache = cache or Cache()
-    key = key_of(f"tp {ranks}", blueprint)
-    known = cache.read(key)
-    if known is not None:
-        return Sharding.from_json(known)
-    found = find_sharding(blueprint, ranks)
-    cache.write(key, found.to_json())
+    return _given(_sharding(blueprint, ranks))
+
+
+def experts_in(blueprint: Blueprint) -> dict[str, ExpertsForm]:
+    """How the modules of experts are called, by name with its numbers blanked; from the cache where it is known.
+
+    Raises PlanError.
+    """
+    return _given(_experts(blueprint))
+
+
+def _given(found: T | PlanError) -> T:
+    if isinstance(found, PlanError):
+        raise found
     return found
 
 
-def experts_in(blueprint: Blueprint, *, cache: Cache | None = None) -> dict[str, ExpertsForm]:
-    """How the modules of experts are called, by name with its numbers blanked; from the cache where it is known."""
-    cache = cache or Cache()
+# A search asks for the plans of many meshes: what was found for one, or was not, holds for all with as many ranks.
+
+
+@lru_cache(maxsize=16)
+def _sharding(blueprint: Blueprint, ranks: int) -> Sharding | PlanError:
+    key = key_of(f"tp {ranks}", blueprint)
+    known = Cache().read(key)
+    if known is not None:
+        return Sharding.from_json(known)
+    try:
+        found = find_sharding(blueprint, ranks)
+    except PlanError as error:
+        return error
+    Cache().write(key, found.to_json())
+    return found
+
+
+@lru_cache(maxsize=1)
+def _experts(blueprint: Blueprint) -> dict[str, ExpertsForm] | PlanError:
     key = key_of("experts", blueprint)
-    known = cache.read(key)
-    if known is None:
-        known = {name: asdict(form) for name, form in find_experts(blueprint).items()}
-        cache.write(key, known)
-    return {name: ExpertsForm(**form) for name, form in known.items()}
+    known = Cache().read(key)
+    if known is not None:
+        return {name: ExpertsForm(**form) for name, form in known.items()}
+    try:
+        found = find_experts(blueprint)
+    except PlanError as error:
+        return error
+    Cache().write(key, {name: asdict(form) for name, form in found.items()})
+    return found

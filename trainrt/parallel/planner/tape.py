@@ -6,7 +6,7 @@ rule: what is known of a storage is known of all its views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,6 @@ class Tape:
 
     ops: list[Op] = field(default_factory=list)
     parameters: dict[str, Ref] = field(default_factory=dict)
-    inputs: set[int] = field(default_factory=set)
 
 
 class _Recorder(TorchDispatchMode):
@@ -106,13 +105,12 @@ class _Recorder(TorchDispatchMode):
 
 
 @torch.no_grad()
-def record(model: nn.Module, run: Callable[[], Any], *, inputs: Iterator[Tensor] | tuple[Tensor, ...] = ()) -> Tape:
+def record(model: nn.Module, run: Callable[[], Any]) -> Tape:
     """Run `run`, which calls `model` on real tensors, and return its tape. Errors of the model come through."""
     tape, modules = Tape(), [""]
     recorder = _Recorder(tape, modules)
     for name, parameter in model.named_parameters():
         tape.parameters[name] = recorder.ref(parameter)
-    tape.inputs.update(recorder.ref(tensor).storage for tensor in inputs)
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: modules.append(name)))

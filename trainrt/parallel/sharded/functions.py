@@ -26,11 +26,10 @@ def attention(
     if owners is None and is_split(key) and query.shape[-3] % key.shape[-3] == 0:
         owners = Owners(key.owners.array.repeat(query.shape[-3] // key.shape[-3]), axis.ranks)  # type: ignore[attr-defined]
     if not by_head or owners is None or query.ndim < 4:
-        q, k, v = (t.full() if isinstance(t, Sharded) else t for t in (query, key, value))
         axis.gathered["scaled_dot_product_attention"] += 1
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        q, k, v = (t.full() if isinstance(t, Sharded) else t for t in (query, key, value))
+        mask = attn_mask.full() if isinstance(attn_mask, Sharded) else attn_mask
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     q = _part(axis, query, owners)
     k, v = (_heads(axis, t, owners) for t in (key, value))
     mask = attn_mask
@@ -42,7 +41,7 @@ def attention(
 
 
 def _part(axis: Axis, tensor: Tensor, owners: Owners) -> Tensor:
-    return part(axis, Sharded(tensor, axis) if not isinstance(tensor, Sharded) else tensor, tensor.ndim - 3, owners)
+    return part(axis, tensor, tensor.ndim - 3, owners)
 
 
 def _heads(axis: Axis, tensor: Tensor, owners: Owners) -> Tensor:
@@ -55,8 +54,7 @@ def _heads(axis: Axis, tensor: Tensor, owners: Owners) -> Tensor:
         held = list(tensor.owners.held(axis.rank))  # type: ignore[attr-defined]
         local, where = tensor.local, [held.index(head) for head in wanted]  # type: ignore[attr-defined]
     else:
-        shell = tensor if isinstance(tensor, Sharded) else Sharded(tensor, axis)
-        local, where = entered(axis, shell), wanted.tolist()
+        local, where = entered(axis, tensor), wanted.tolist()
     return local.index_select(-3, torch.tensor(where, device=local.device))
 
 

@@ -1,12 +1,12 @@
 """A model's split parameters: stored as DTensors of the local part, seen by its code as whole ones.
 
-The class of a module that owns split parameters is replaced by one of the same name in which each of them is a property:
-wherever the model's code reads it, it gets a Sharded of the current local part (what FSDP2 has just gathered, say).
+Wherever the model's code reads one, it gets a Sharded of the current local part (what FSDP2 has just gathered, say).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from trainrt.parallel.sharded import rules  # noqa: F401  what operators become
 from trainrt.parallel.sharded.collectives import SumShared
 from trainrt.parallel.sharded.owners import Split
 from trainrt.parallel.sharded.tensor import Axis, Sharded
+from trainrt.parallel.shown import show
 
 
 def shard_model(model: nn.Module, splits: Mapping[str, Split], mesh: DeviceMesh) -> Axis:
@@ -43,7 +44,7 @@ def shard_model(model: nn.Module, splits: Mapping[str, Split], mesh: DeviceMesh)
         stored = _stored(module._parameters[leaf], split, axis, mesh)
         for module, leaf in owners:
             module._parameters[leaf] = stored
-            _show(module, leaf, split, axis)
+            show(module, leaf, partial(_view, split=split, axis=axis))
     model.register_forward_hook(lambda *_: axis.forget(), always_call=True)
     return axis
 
@@ -60,22 +61,10 @@ def _stored(parameter: Any, split: Split, axis: Axis, mesh: DeviceMesh) -> nn.Pa
     return nn.Parameter(held, requires_grad=parameter.requires_grad)
 
 
-def _show(module: nn.Module, leaf: str, split: Split, axis: Axis) -> None:
-    def seen(self: nn.Module) -> Tensor:
-        stored = self._parameters[leaf]
-        if isinstance(stored, DTensor) and stored.device_mesh.ndim > 1:
-            # FSDP2 asks for what it keeps between forward passes.
-            return stored
-        local = stored.to_local() if isinstance(stored, DTensor) else stored
-        if not split.owners.disjoint and torch.is_grad_enabled() and local.requires_grad:  # type: ignore[union-attr]
-            local = SumShared.apply(local, split.dim, split.owners, axis.group)
-        return Sharded(local, axis, dim=split.dim, owners=split.owners)  # type: ignore[arg-type]
-
-    cls = type(module)
-    if "_split_leaves" in cls.__dict__:
-        setattr(cls, leaf, property(seen))
-        return
-    module.__class__ = type(cls.__name__, (cls,), {leaf: property(seen), "_split_leaves": True})
+def _view(local: Tensor, split: Split, axis: Axis) -> Sharded:
+    if not split.owners.disjoint and torch.is_grad_enabled() and local.requires_grad:
+        local = SumShared.apply(local, split.dim, split.owners, axis.group)
+    return Sharded(local, axis, dim=split.dim, owners=split.owners)
 
 
 def full(value: Any) -> Any:

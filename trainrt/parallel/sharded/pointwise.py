@@ -57,8 +57,6 @@ def sized(axis: Axis, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if len(size) <= first.along or size[first.along] != len(first.owners):
         return func(first.local, *args[1:], **kwargs)
     size[first.along] = first.local.shape[first.along]
-    if func.overloadpacket.__name__ == "new_empty_strided":
-        return NotImplemented
     return wrapped(axis, func(first.local, size, *args[2:], **kwargs), first.along, first.owners)
 
 
@@ -88,7 +86,7 @@ RULES = {
     "pointwise": pointwise,
     **dict.fromkeys(("clone", "_to_copy", "copy", "alias", "detach", "lift_fresh", "where", "masked_fill"), pointwise),
     **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "fill", "zero"), like),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"), sized),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_empty", "new_full"), sized),
     **dict.fromkeys(("bernoulli", "uniform", "normal", "exponential"), random),
     "native_dropout": dropout,
 }

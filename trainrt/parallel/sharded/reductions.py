@@ -59,12 +59,16 @@ def total(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     return Sharded(made, axis)
 
 
+def _mean(axis: Axis, values: Tensor, x: Sharded, dims: list[int]) -> Tensor:
+    """The mean of values of x's local shape over `dims`, the split one among them; dimensions are kept."""
+    total = ReduceFromGroup.apply(values.sum(dims, keepdim=True), axis.group)
+    return total / math.prod(x.shape[dim] for dim in dims)
+
+
 def _moments(axis: Axis, x: Sharded, dims: list[int]) -> tuple[Tensor, Tensor]:
     """Mean, as split computation sees it, and mean square deviation over the split dimension; dimensions are kept."""
-    count = math.prod(x.shape[dim] for dim in dims)
-    mean = axis.enter(ReduceFromGroup.apply(x.local.sum(dims, keepdim=True), axis.group) / count)
-    square = ReduceFromGroup.apply((x.local - mean).square().sum(dims, keepdim=True), axis.group) / count
-    return mean, square
+    mean = axis.enter(_mean(axis, x.local, x, dims))
+    return mean, _mean(axis, (x.local - mean).square(), x, dims)
 
 
 def deviation(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
@@ -84,43 +88,29 @@ def deviation(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     return Sharded(made if given.get("keepdim", False) else made.squeeze(dims), axis)
 
 
-def layer_norm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
-    x, shape, weight, bias, epsilon = args
+def norm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
+    """Layer norm (weight and bias) and root-mean-square norm (weight) over the last dimensions."""
+    x, shape, *weights, epsilon = args
     dims = list(range(x.ndim - len(shape), x.ndim))
     if not is_split(x) or not x.owners.disjoint:
         return NotImplemented
     if x.along not in dims:
-        made = func(
-            x.local, shape, *(None if value is None else entered(axis, value) for value in (weight, bias)), epsilon
-        )
+        made = func(x.local, shape, *(None if w is None else entered(axis, w) for w in weights), epsilon)
         return tuple(wrapped(axis, one, x.along, x.owners) for one in made)
-    mean, square = _moments(axis, x, dims)
-    scale = torch.rsqrt(axis.enter(square) + epsilon)
-    made = (x.local - mean) * scale
-    for value, grow in ((weight, True), (bias, False)):
-        if value is not None:
-            own = part(axis, value, x.along - dims[0], x.owners)
-            made = made * own if grow else made + own
-    return wrapped(axis, made, x.along, x.owners), Sharded(mean, axis, partial=True), Sharded(scale, axis, partial=True)
-
-
-def rms_norm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
-    x, shape, weight, epsilon = args
-    dims = list(range(x.ndim - len(shape), x.ndim))
-    if not is_split(x) or not x.owners.disjoint:
-        return NotImplemented
-    if x.along not in dims:
-        made = func(x.local, shape, None if weight is None else entered(axis, weight), epsilon)
-        return tuple(wrapped(axis, one, x.along, x.owners) for one in made)
-    count = 1
-    for dim in dims:
-        count *= x.shape[dim]
-    square = axis.enter(ReduceFromGroup.apply(x.local.square().sum(dims, keepdim=True), axis.group) / count)
-    scale = torch.rsqrt(square + (torch.finfo(x.dtype).eps if epsilon is None else epsilon))
-    made = x.local * scale
-    if weight is not None:
-        made = made * part(axis, weight, x.along - dims[0], x.owners)
-    return wrapped(axis, made, x.along, x.owners), Sharded(scale, axis, partial=True)
+    statistics: list[Tensor] = []
+    centred = x.local
+    if len(weights) == 2:
+        mean, square = _moments(axis, x, dims)
+        statistics, centred = [mean], x.local - mean
+    else:
+        square = _mean(axis, x.local.square(), x, dims)
+    scale = torch.rsqrt(axis.enter(square) + (torch.finfo(x.dtype).eps if epsilon is None else epsilon))
+    made = centred * scale
+    own = [None if w is None else part(axis, w, x.along - dims[0], x.owners) for w in weights]
+    made = made if own[0] is None else made * own[0]
+    made = made if own[1:] in ([], [None]) else made + own[1]
+    partial = (Sharded(one, axis, partial=True) for one in (*statistics, scale))
+    return wrapped(axis, made, x.along, x.owners), *partial
 
 
 def softmax(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
@@ -181,7 +171,6 @@ RULES = {
     ),
     **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), softmax),
     **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp", "sort", "topk", "cummax", "cummin"), scan),
-    "native_layer_norm": layer_norm,
-    "_fused_rms_norm": rms_norm,
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), norm),
     "logsumexp": logsumexp,
 }

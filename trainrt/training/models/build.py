@@ -116,7 +116,10 @@ def construct(config: JobConfig, *, initialize: bool = True) -> nn.Module:
             if config.model.dtype == "float64":
                 # Grouped matrix products have no kernel for doubles.
                 document._experts_implementation = "eager"
-            return transformers.AutoModelForCausalLM.from_config(document, dtype=stored_dtype(config))
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(document, dtype=stored_dtype(config))
+            # Without initial values transformers leaves out the ties as well; they are structure.
+            model.tie_weights()  # type: ignore[operator]
+            return model
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(
                 f"model.config: no causal language model can be made of it: {_first_line(error)}"
