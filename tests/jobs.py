@@ -40,14 +40,15 @@ def engine(config: JobConfig, rank: int) -> Any:
     """The native engine of a job on this rank of the running group, freshly initialised."""
     from trainrt.parallel.mesh import make_groups
     from trainrt.training.engines.native import NativeEngine
-    from trainrt.training.models.build import build
-    from trainrt.training.pipeline import Pipeline, loss_function
+    from trainrt.training.models.build import whole_model
+    from trainrt.training.pipeline import load_pipeline, loss_function
     from trainrt.training.planning import make_plan
 
     plan = make_plan(config, world_size=config.world_size)
     groups = make_groups(plan.mesh, torch.device("cpu"))
-    loss = loss_function(config, Pipeline())
-    return NativeEngine(build(config, fresh=True), plan, groups, config=config, loss=loss, rank=rank)
+    pipeline = load_pipeline(config)
+    model = whole_model(config, pipeline.model, fresh=True)
+    return NativeEngine(model, plan, groups, config=config, loss=loss_function(config, pipeline), rank=rank)
 
 
 def leaves(config: JobConfig, step: int) -> list[dict[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ from trainrt.parallel.layout import Key, Layout
 def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, first: int, target: str) -> Any:
     from trainrt.training.job import load_state, progress_of
     from trainrt.training.manifest import constant_metadata, step_metadata
-    from trainrt.training.pipeline import Pipeline
+    from trainrt.training.pipeline import load_pipeline
     from trainrt.training.state import Snapshotter
 
     made = engine(config, rank)
@@ -39,7 +39,7 @@ def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, firs
     np.save(f"{target}/final-{rank}.npy", buffer)
     metadata = None
     if rank == 0:
-        constants = constant_metadata("test", config, pipeline=Pipeline(), plan=made.plan)
+        constants = constant_metadata("test", config, pipeline=load_pipeline(config), plan=made.plan)
         done = first + steps - 1
         metadata = {**constants, **step_metadata(made, done, steps=config.run.steps, corpus_digest=None)}
     return losses, snapshotter.layout.to_json(), metadata, before

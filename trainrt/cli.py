@@ -79,7 +79,7 @@ def plan(
     source: Annotated[Path, typer.Argument(help="A job, or a model directory.", metavar="CONFIG.toml|HF_CONFIG_DIR")],
     nodes: Annotated[int | None, typer.Option(help="Nodes (cluster.nodes).")] = None,
     devices_per_node: Annotated[int | None, typer.Option(help="Devices of a node (cluster.workers_per_node).")] = None,
-    device: Annotated[str | None, typer.Option(help="Device to plan for, such as h100.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to plan for: h100, say, a profile.json, or measured.")] = None,
     mesh: Annotated[str | None, typer.Option(help='The mesh, such as "tp=2,fsdp=4"; else the best one is looked for.')] = None,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help=VERIFY)] = True,
     explain: Annotated[str | None, typer.Option(metavar="TENSOR", help="Where one tensor lies, and why.")] = None,

@@ -40,6 +40,7 @@ MIXTURE = {
                    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     }
 }  # fmt: skip
+LISTED = {"run": {"pipeline": "tests.models.listed:pipeline"}, **FP64}
 ROWS = [
     Row("fsdp 4", {"fsdp": 4}, {"tp": 2, "fsdp": 2}, sections=FP64),
     Row("fsdp 3 (uneven)", {"fsdp": 3}, {"fsdp": 4}, sections=FP64),
@@ -62,6 +63,8 @@ ROWS = [
     Row("fused q, k and v: tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"tp": 3}, kind="huggingface", sections=FUSED),
     Row("mixtral ep 2", {"fsdp": 2, "ep": 2}, {"tp": 2}, kind="huggingface", sections=MIXTURE),
     Row("mixtral tp 2 x ep 4", {"tp": 2, "fsdp": 2, "ep": 4}, {"fsdp": 2}, kind="huggingface", sections=MIXTURE),
+    Row("a list of experts, ep 2", {"fsdp": 2, "ep": 2}, {"fsdp": 3}, sections=LISTED),
+    Row("a list of experts, tp 2 x fsdp x ep 2", {"tp": 2, "fsdp": 2, "ep": 2}, {"dp": 2}, sections=LISTED),
 ]  # fmt: skip
 
 COLUMNS = ("parity", "layout digest", "resume on another mesh", "kill and restore")

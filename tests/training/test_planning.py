@@ -14,6 +14,7 @@ from tests.jobs import LLAMA, job
 from tests.reference import validate
 from trainrt.config import JobConfig, MeshSize, parse
 from trainrt.errors import ConfigError, DataError, ModelError, PlanError
+from trainrt.parallel.plan import mesh_json
 from trainrt.training.planning import load_for_plan, make_plan, parse_mesh, plan_command, preflight, shrink
 
 
@@ -162,3 +163,102 @@ def test_a_model_directory_can_be_planned_as_it_is(directory: Path) -> None:
     assert plan["model.layers.0.self_attn.q_proj.weight"].placements(plan.mesh)["tp"] == "shard(0)"
     assert plan["model.layers.0.self_attn.o_proj.weight"].placements(plan.mesh)["tp"] == "shard(1)"
     assert plan["model.norm.weight"].placements(plan.mesh)["tp"] == "replicate"
+
+
+def held_by_an_engine(rank: int, config: JobConfig) -> tuple[int, int, int]:
+    """Bytes of parameters and buffers, gradients and optimizer state that a rank really holds after a step."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    from tests.jobs import engine, leaves, train
+
+    def size(tensor: torch.Tensor) -> int:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+    made = engine(config, rank)
+    train(made, config, steps=1)
+    states = made.optimizer.state.values()
+    optimizer = sum(size(value) for state in states for value in state.values() if value.dim())
+    batches = leaves(config, 2)
+    mine = [batches[made.leaf_of(turn, len(batches)) or 0] for turn in range(made.rounds(len(batches)))]
+    for turn in range(len(mine)):
+        made._leaf(2, turn, [(batch, 0) for batch in mine], len(batches))
+    gradients = sum(size(p.grad) for p in made.model.parameters() if p.grad is not None)
+    persistent = set(made.model.state_dict())
+    buffers = sum(size(b) for name, b in made.model.named_buffers() if name in persistent)
+    return sum(size(p) for p in made.sharded.values()) + buffers, gradients, optimizer
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"tp": 2}, {"fsdp": 2, "ep": 2}, {"tp": 2, "fsdp": 2}])
+def test_the_state_that_is_predicted_is_the_state_that_is_held(mesh: dict[str, int]) -> None:
+    from tests.ranks import run_ranks
+
+    config = job(mesh=mesh)
+    plan = make_plan(config, world_size=config.world_size)
+    parameters, gradients, optimizer = run_ranks(config.world_size, held_by_an_engine, config)[0]
+    assert plan.estimate["parameter_bytes"] == parameters
+    assert plan.estimate["gradient_bytes"] == gradients
+    assert plan.estimate["optimizer_bytes"] == optimizer
+    assert plan.memory_bytes_per_rank > parameters + gradients + optimizer
+
+
+def test_gradients_that_wait_for_the_last_round_are_counted_whole() -> None:
+    waiting = make_plan(job(mesh={"fsdp": 2}), world_size=2).estimate["gathered_bytes"]
+    at_once = make_plan(job(mesh={"fsdp": 2}, data={"global_batch": 4}), world_size=2).estimate["gathered_bytes"]
+    tree = make_plan(job(mesh={"fsdp": 2}, run={"deterministic": True}), world_size=2).estimate["gathered_bytes"]
+    assert tree == at_once < waiting
+
+
+def test_a_mesh_that_does_not_fit_in_memory_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    profile = {"flops": 1e11, "memory_bytes": 1 << 30, "link_bytes_per_second": 1e9, "latency_seconds": 1e-4}
+    file = tmp_path / "small.json"
+    config = job(parallel={"mode": "auto"}, cluster={"workers_per_node": 2})
+    file.write_text(json.dumps(profile))
+    chosen = plan_command(config, device=str(file), verify=False)
+    assert chosen.mesh.dp == 2
+    largest = chosen.memory_bytes_per_rank
+    file.write_text(json.dumps(profile | {"memory_bytes": largest - 1}))
+    other = plan_command(config, device=str(file), verify=False)
+    assert other.mesh != chosen.mesh and other.memory_bytes_per_rank < largest
+    reason = next(a["rejected"] for a in other.alternatives if a["mesh"] == mesh_json(chosen.mesh))
+    assert str(largest) in reason and "small" in reason
+
+
+def test_the_link_of_the_profile_is_what_a_step_waits_for(tmp_path: Path) -> None:
+    config = job(parallel={"mode": "auto"}, cluster={"workers_per_node": 2})
+    seconds = {}
+    for latency in (1e-6, 1e-1):
+        file = tmp_path / "link.json"
+        file.write_text(json.dumps({
+            "flops": 1e11, "memory_bytes": 1 << 34, "link_bytes_per_second": 1e9, "latency_seconds": latency,
+        }))  # fmt: skip
+        plan = plan_command(config, device=str(file), mesh="fsdp=2", verify=False)
+        seconds[latency] = plan.predicted_step_seconds
+    assert seconds[1e-1] > 100 * seconds[1e-6]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "no JSON"),
+        ("[]", "flops = None"),
+        (json.dumps({"flops": 1, "memory_bytes": 1, "link_bytes_per_second": 0, "latency_seconds": 1}), "link_bytes"),
+    ],
+)
+def test_a_profile_that_is_none_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        plan_command(job(), device=str(tmp_path / "p.json"))
+    with pytest.raises(ConfigError, match=r"none\.json: No such file"):
+        plan_command(job(), device=str(tmp_path / "none.json"))
+
+
+def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainrt.parallel import profile
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert profile.known() is None
+    made = profile.device_of("measured")
+    assert made.flops > 1e9 and 1e6 < made.link_bytes_per_second < 1e12 and 1e-7 < made.latency_seconds < 1
+    monkeypatch.setattr(profile, "measure", None)
+    assert profile.device_of("measured") == profile.known() == made

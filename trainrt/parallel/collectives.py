@@ -34,6 +34,14 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of the sum of `x`, which has as many equal parts along its first dimension; not differentiable."""
+    out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
+    with ring.span("reduce_scatter", kind="collective", bytes=x.nbytes, group=group_name(group), waiting=True):
+        dist.reduce_scatter_single(out, x.contiguous(), group=group)
+    return out
+
+
 def exchange_rows(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Uneven all-to-all: the first `send[0]` rows go to rank 0 and so on; not differentiable."""
     out = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))

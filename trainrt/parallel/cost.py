@@ -1,7 +1,7 @@
 """What a mesh costs: bytes a rank holds and seconds a step takes, each number with its parts.
 
-A first model: compute at a device's sustained rate, collectives at a link's bandwidth plus a
-latency, nothing overlapped. `plan.json` carries every part, so that each can be checked.
+Bytes are counted. Seconds are a first model: compute at a device's sustained rate, collectives at a link's bandwidth plus
+a latency, nothing overlapped. `plan.json` carries every part, so that each can be checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ MEMORY_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step of the job computes and holds, whatever the mesh."""
+    """What one step of the job computes and holds, whatever the mesh.
+
+    blocks: what the names of the repeated layers' parameters begin with. summed_late: gradients are summed over ranks in
+    the last round of a step only, and are whole until then.
+    """
 
     global_batch: int
     microbatch: int
@@ -33,47 +37,47 @@ class Work:
     hidden_size: int
     active_fraction: float
     compute_dtype: str
+    blocks: str = ""
+    summed_late: bool = True
+
+    def rounds(self, data_ranks: int) -> int:
+        """Forward and backward passes of a rank in a step."""
+        return math.ceil(self.global_batch / self.microbatch / data_ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The device and its links. Bandwidth in bytes per second, latency in seconds."""
+    """The device and its links. flops: floating-point operations per second at best, of which a model gets `sustained`.
+
+    Bandwidth in bytes per second, latency in seconds.
+    """
 
     name: str
     flops: float
     memory_bytes: int
     link_bytes_per_second: float
     latency_seconds: float
+    sustained: float = 0.4
 
 
-def device_of(name: str) -> Device:
-    """The profile of a named device."""
-    link, latency = (2e9, 2e-4) if name == "cpu" else (5e10, 2e-5)
-    return Device(name, PEAK_FLOPS[name], MEMORY_BYTES[name], link, latency)
+def estimate(plan: Plan, work: Work, device: Device, activation_bytes: float | None) -> dict[str, float]:
+    """The parts of memory (bytes a rank) and of a step (seconds). `memory_bytes` and `step_seconds` are their sums.
 
-
-def estimate(plan: Plan, work: Work, device: Device) -> dict[str, float]:
-    """The parts of memory (bytes a rank) and of a step (seconds). `memory_bytes` and `step_seconds` are their sums."""
+    activation_bytes: as counted for one sample, or None where they could not be.
+    """
     size = plan.mesh
     elements = sum(Box.whole(p.shape).elements for p in plan.parameters if not p.buffer)
     held = sum(p.held(size, 0).elements for p in plan.parameters if not p.buffer)
     item = ITEM_BYTES[work.compute_dtype]
-    memory = {
-        "state_bytes": held * 16.0,
-        "gathered_bytes": 2.0 * item * elements / max(work.layers, 1) / size.tp,
-        "activation_bytes": 24.0
-        * item
-        * work.microbatch
-        * work.sequence_length
-        * work.hidden_size
-        * work.layers
-        / size.tp,
-    }
-    rounds = math.ceil(work.global_batch / work.microbatch / size.data_ranks)
+    if activation_bytes is None:
+        activation_bytes = 24.0 * item * work.sequence_length * work.hidden_size * work.layers / size.tp
+    memory = {**_state(plan, work), "activation_bytes": activation_bytes * work.microbatch}
+    rounds = work.rounds(size.data_ranks)
     tokens = rounds * work.microbatch * work.sequence_length
     width_bytes = tokens * work.hidden_size * item
+    computed = 6.0 * elements * work.active_fraction * tokens / size.tp
     seconds = {
-        "compute_seconds": 6.0 * elements * work.active_fraction * tokens / size.tp / (0.4 * device.flops),
+        "compute_seconds": computed / (device.sustained * device.flops),
         "fsdp_seconds": _moved(3.0 * rounds * elements * item / size.tp, size.fsdp, 3 * rounds * work.layers, device),
         "dp_seconds": _moved(2.0 * held * 4.0, size.dp, work.layers, device),
         "tp_seconds": _moved(8.0 * width_bytes * work.layers, size.tp, 4 * rounds * work.layers, device),
@@ -82,9 +86,52 @@ def estimate(plan: Plan, work: Work, device: Device) -> dict[str, float]:
     return {
         **memory,
         **seconds,
+        "state_bytes": memory["parameter_bytes"] + memory["optimizer_bytes"],
         "memory_bytes": sum(memory.values()),
         "step_seconds": sum(seconds.values()),
     }
+
+
+def _state(plan: Plan, work: Work) -> dict[str, float]:
+    """Parameters, gradients and optimizer of the first rank, and what FSDP2 gathers around computation.
+
+    Gathered are the parameters of the root, of two layers (the next one is prefetched) and of two modules of experts, and
+    the gradients of the largest of these; all gradients, where they wait for the last round.
+    """
+    size = plan.mesh
+    own = trainable = 0
+    units: dict[str, int] = {}
+    kinds = {p.dtype for p in plan.parameters if not p.buffer}
+    stored = max((ITEM_BYTES[kind] for kind in kinds), default=4)
+    for parameter in plan.parameters:
+        elements = parameter.held(size, 0).elements
+        own += elements * (ITEM_BYTES[parameter.dtype] if parameter.buffer else stored)
+        if not parameter.buffer:
+            trainable += elements if parameter.trainable else 0
+            unit = _unit(parameter.name, plan, work)
+            units[unit] = units.get(unit, 0) + parameter.held(size, 0, gathered=True).elements
+    experts = sorted((n for unit, n in units.items() if unit in plan.experts), reverse=True)
+    layers = sorted((n for unit, n in units.items() if unit and unit not in plan.experts), reverse=True)
+    computing = units.get("", 0) + sum(layers[:2]) + sum(experts[:2])
+    gradients = max(units.values(), default=0)
+    if work.summed_late and work.rounds(size.data_ranks) > 1:
+        gradients = sum(units.values())
+    return {
+        "parameter_bytes": float(own),
+        "gradient_bytes": float(trainable * stored),
+        "optimizer_bytes": 2.0 * trainable * stored,
+        "gathered_bytes": float(computing * ITEM_BYTES[work.compute_dtype] + gradients * stored),
+    }
+
+
+def _unit(name: str, plan: Plan, work: Work) -> str:
+    """What FSDP2 gathers a parameter with: a module of spread experts, a layer, or the root."""
+    for experts in plan.experts:
+        if name.startswith(f"{experts}."):
+            return experts
+    if work.blocks and name.startswith(work.blocks):
+        return work.blocks + name[len(work.blocks) :].partition(".")[0]
+    return ""
 
 
 def _moved(whole_bytes: float, ranks: int, messages: int, device: Device) -> float:

@@ -9,6 +9,7 @@ every mesh (tree.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch.distributed.tensor import Shard
 from trainrt.events import ring
 from trainrt.parallel.collectives import all_gather, all_reduce
 from trainrt.parallel.mesh import Groups
+from trainrt.parallel.moe.listed import GatheredList
+from trainrt.parallel.sharded.model import show_locals
 from trainrt.parallel.tree import TreeSum, Turn
 
 
@@ -111,14 +114,22 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=compute if compute != stored else None, reduce_dtype=stored)
     if groups.experts is not None:
         for module in experts:
-            fully_shard(module, mesh=groups.experts["efsdp"], mp_policy=policy, shard_placement_fn=lambda _: Shard(1))
+            # An expert of a list may have vectors; stacked ones are cut over ep along the first dimension already.
+            placement = Shard(0 if isinstance(module, GatheredList) else 1)
+            fully_shard(
+                module, mesh=groups.experts["efsdp"], mp_policy=policy, shard_placement_fn=partial(_always, placement)
+            )
             # Every rank of efsdp * ep took part in the exchange: no replicas are left to reduce over.
             _configure(module, axis="efsdp", replicas=None, turn=turn, span=groups.size.ep)
-    for block in blocks or ():
-        fully_shard(block, mesh=groups.fsdp, mp_policy=policy)
-        _configure(block, axis="fsdp", replicas=groups.dp, turn=turn)
-    fully_shard(model, mesh=groups.fsdp, mp_policy=policy)
-    _configure(model, axis="fsdp", replicas=groups.dp, turn=turn)
+    for module in (*(blocks or ()), model):
+        fully_shard(module, mesh=groups.fsdp, mp_policy=policy)
+        _configure(module, axis="fsdp", replicas=groups.dp, turn=turn)
+        if groups.tp is not None:
+            show_locals(module)
+
+
+def _always(placement: Shard, _: nn.Parameter) -> Shard:
+    return placement
 
 
 def _configure(

@@ -19,7 +19,7 @@ from typing import Any
 from trainrt.config import MeshSize
 from trainrt.parallel.layout import ITEM_BYTES, Box, Fragment, Layout, LogicalTensor, contiguous_strides
 from trainrt.parallel.mesh import axis_size, coordinates
-from trainrt.parallel.moe.form import ExpertsForm
+from trainrt.parallel.moe.form import Form
 from trainrt.parallel.sharded.owners import Split, owners_of
 
 ALIGNMENT = 64
@@ -117,12 +117,12 @@ class ParameterPlan:
     trainable: bool = True
     buffer: bool = False
 
-    def held(self, size: MeshSize, rank: int) -> Held:
-        """What `rank` holds of the live tensor; empty lengths are possible."""
+    def held(self, size: MeshSize, rank: int, *, gathered: bool = False) -> Held:
+        """What `rank` holds of the live tensor; empty lengths are possible. gathered: by FSDP, while it is computed with."""
         where = coordinates(size, rank)
         held = Held(tuple(((0, n),) for n in self.shape))
         for cut in self.cuts:
-            if axis_size(size, cut.axis) == 1:
+            if axis_size(size, cut.axis) == 1 or (gathered and cut.axis in ("fsdp", "efsdp")):
                 continue
             if cut.runs is not None:
                 held = Held((*held.spans[: cut.dim], cut.runs[where[cut.axis]], *held.spans[cut.dim + 1 :]))
@@ -207,7 +207,7 @@ def kind_of(name: str) -> str:
 
 
 def _placement(cut: Cut) -> str:
-    if cut.runs is None or all(len(runs) == 1 for runs in cut.runs):
+    if cut.runs is None or all(len(runs) <= 1 for runs in cut.runs):
         return f"shard({cut.dim})"
     return f"shard({cut.dim}, in {max(map(len, cut.runs))} runs)"
 
@@ -229,7 +229,8 @@ class Plan:
     """A mesh and the placement of every parameter, with what was estimated and what was passed over.
 
     recovery: what is expected of snapshots under failures (checkpoint/policy.py). experts: modules whose experts are spread
-    over ep, and how they are called (None: they know how). verification: for each axis that needs one, what the comparison
+    over ep, and how they are called (None: they know how). sequence: whether activations are scattered by positions over
+    tp between split regions. verification: for each axis that needs one, what the comparison
     with one process found (verify.py).
     """
 
@@ -241,7 +242,8 @@ class Plan:
     estimate: dict[str, float] = field(default_factory=dict)
     alternatives: tuple[dict[str, Any], ...] = ()
     recovery: dict[str, float] = field(default_factory=dict)
-    experts: Mapping[str, ExpertsForm | None] = field(default_factory=dict)
+    experts: Mapping[str, Form | None] = field(default_factory=dict)
+    sequence: bool = False
     verification: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ParameterPlan:
@@ -322,6 +324,7 @@ class Plan:
             "estimate": self.estimate,
             "alternatives": list(self.alternatives),
             "recovery": self.recovery,
+            "sequence_parallel": self.sequence,
             "verification": {axis: dict(verdict) for axis, verdict in self.verification.items()},
         }
 

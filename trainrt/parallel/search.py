@@ -11,6 +11,9 @@ from trainrt.errors import PlanError
 from trainrt.parallel.cost import Device, Work, estimate
 from trainrt.parallel.plan import Plan, mesh_json
 
+ActivationBytes = Callable[[Plan], float | None]
+"""Of one sample on a rank of the plan's mesh; None where they cannot be counted."""
+
 
 def meshes(world_size: int) -> Iterator[MeshSize]:
     """Every mesh of the forms that are built: dp x fsdp x tp, with experts over ep of all of them."""
@@ -25,7 +28,9 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def choose(derive: Callable[[MeshSize], Plan], world_size: int, work: Work, device: Device) -> Plan:
+def choose(
+    derive: Callable[[MeshSize], Plan], world_size: int, work: Work, device: Device, activations: ActivationBytes
+) -> Plan:
     """The fastest mesh that is allowed and fits in memory, with the others as alternatives.
 
     `derive` gives the plan of a mesh or raises PlanError. Raises PlanError where none is left.
@@ -34,7 +39,7 @@ def choose(derive: Callable[[MeshSize], Plan], world_size: int, work: Work, devi
     rejected: list[dict[str, Any]] = []
     for size in meshes(world_size):
         try:
-            plan = assess(derive(size), work, device)
+            plan = assess(derive(size), work, device, activations)
         except PlanError as error:
             rejected.append(_alternative(size, 0, 0.0, str(error)))
             continue
@@ -51,9 +56,9 @@ def choose(derive: Callable[[MeshSize], Plan], world_size: int, work: Work, devi
     return replace(best, alternatives=(*slower, *rejected))
 
 
-def assess(plan: Plan, work: Work, device: Device) -> Plan:
+def assess(plan: Plan, work: Work, device: Device, activations: ActivationBytes) -> Plan:
     """The plan with its estimate filled in."""
-    parts = estimate(plan, work, device)
+    parts = estimate(plan, work, device, activations(plan))
     return replace(
         plan,
         memory_bytes_per_rank=int(parts["memory_bytes"]),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainrt.parallel.moe.experts import local
-from trainrt.parallel.moe.form import ExpertsForm
+from trainrt.parallel.moe.form import Form, ListedExperts
 from trainrt.parallel.moe.parallel import spread_experts
 from trainrt.parallel.planner.experts import experts_of
 from trainrt.parallel.planner.probe import Blueprint, small_model
@@ -37,25 +37,35 @@ def compare_split(blueprint: Blueprint, sharding: Sharding, mesh: DeviceMesh) ->
 
     def divide(model: nn.Module) -> Divided:
         splits = sharding.spread(model).splits
-        axis = shard_model(model, splits, mesh)
+        axis = shard_model(model, splits, mesh, sequence=sharding.sequence)
         parts = {name: partial(axis.take, dim=split.dim, owners=split.owners) for name, split in splits.items()}
         return Divided(axis.gathered, parts, 1.0)
 
     return _compare(blueprint, divide, mesh)
 
 
-def compare_experts(blueprint: Blueprint, forms: Mapping[str, ExpertsForm], mesh: DeviceMesh) -> Verdict:
+def compare_experts(blueprint: Blueprint, forms: Mapping[str, Form], mesh: DeviceMesh) -> Verdict:
     """Expert parallelism: all ranks run the same batch, so experts get what they would in one process, from each of them."""
 
     def divide(model: nn.Module) -> Divided:
         modules = experts_of(model, forms)
         spread_experts(model, modules, mesh, None)
 
-        def part(whole: Tensor) -> Tensor:
-            return whole.chunk(mesh.size(), 0)[mesh.get_local_rank()]
+        place = mesh.get_local_rank()
 
-        names = [f"{name}.{leaf}" for name in modules for leaf, _ in model.get_submodule(name).named_parameters()]
-        return Divided({}, dict.fromkeys(names, part), float(mesh.size()))
+        def part(whole: Tensor, expert: int | None, here: int) -> Tensor:
+            if expert is None:
+                return whole.chunk(mesh.size(), 0)[place]
+            return whole if expert // here == place else whole[:0]
+
+        parts = {}
+        for name, form in modules.items():
+            for leaf, _ in model.get_submodule(name).named_parameters():
+                expert, here = None, 0
+                if isinstance(form, ListedExperts):
+                    expert, here = int(leaf.partition(".")[0]), form.experts // mesh.size()
+                parts[f"{name}.{leaf}"] = partial(part, expert=expert, here=here)
+        return Divided({}, parts, float(mesh.size()))
 
     return _compare(blueprint, divide, mesh)
 

@@ -38,12 +38,17 @@ def blueprint_of(config: JobConfig, pipeline: Pipeline, model: nn.Module | None 
         batch = {name: _as(value, dtype) for name, value in small_batch(config, pipeline, small).items()}
         return evaluate_loss(loss, small, batch).total()
 
+    def sized(small: nn.Module, positions: int) -> Tensor:
+        return evaluate_loss(loss, small, token_batch(config, pipeline, small, positions)).total()
+
     @cache
     def key() -> str:
         made = source_of(model if model is not None else make())
         return json.dumps([made, config.model.model_dump(), config.moe.model_dump()], default=str)
 
-    return Blueprint(make, run, key)
+    if pipeline.samples is None:
+        return Blueprint(make, run, key, sized)
+    return Blueprint(make, run, key, None, len(own_samples(pipeline)))
 
 
 def _as(value: Any, dtype: torch.dtype) -> Any:
@@ -96,16 +101,29 @@ def _counts(key: str) -> bool:
 def small_batch(config: JobConfig, pipeline: Pipeline, model: nn.Module) -> Mapping[str, Any]:
     """A batch of one or two samples: the user's own first ones, or random tokens."""
     if pipeline.samples is not None:
-        samples = pipeline.samples()
-        return (pipeline.collate or collate)([samples[index] for index in range(min(2, len(samples)))])
-    length = min(TOKENS, config.data.sequence_length)
+        return (pipeline.collate or collate)(own_samples(pipeline))
+    return token_batch(config, pipeline, model, min(TOKENS, config.data.sequence_length))
+
+
+def own_samples(pipeline: Pipeline) -> list[Any]:
+    """The user's first samples."""
+    assert pipeline.samples is not None
+    samples = pipeline.samples()
+    return [samples[index] for index in range(min(2, len(samples)))]
+
+
+def token_batch(config: JobConfig, pipeline: Pipeline, model: nn.Module, positions: int) -> Mapping[str, Any]:
+    """One sample of random tokens."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary_of(config, model), (length + 1,), generator=generator).numpy()
+    tokens = torch.randint(0, vocabulary_of(config, model), (positions + 1,), generator=generator).numpy()
     return (pipeline.collate or collate)([{"input_ids": tokens[:-1], "labels": tokens[1:]}])
 
 
 def vocabulary_of(config: JobConfig, model: nn.Module) -> int:
-    """Tokens that a model surely knows: a byte's, or fewer where it says so."""
+    """Tokens that a model surely knows: a byte's, or fewer where it says so or has a smaller table."""
     if config.model.kind == "moe_lm" and isinstance(model, MoeLm):
         return min(256, config.moe_lm.vocab_size)
-    return min(256, int(getattr(getattr(model, "config", None), "vocab_size", 256) or 256))
+    said = getattr(getattr(model, "config", None), "vocab_size", None)
+    if said:
+        return min(256, int(said))
+    return min((256, *(table.num_embeddings for table in model.modules() if isinstance(table, nn.Embedding))))

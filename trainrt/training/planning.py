@@ -7,6 +7,7 @@ import math
 import struct
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,16 +17,19 @@ from trainrt.checkpoint.policy import Forecast, best_every, effective_time, node
 from trainrt.config import DataConfig, JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.blocks import find_blocks
-from trainrt.parallel.cost import PEAK_FLOPS, Work, device_of
+from trainrt.parallel.cost import PEAK_FLOPS, Device, Work
 from trainrt.parallel.mesh import choose_device
 from trainrt.parallel.packing import packed_parts
 from trainrt.parallel.plan import Plan
+from trainrt.parallel.planner.activations import activations_of
 from trainrt.parallel.planner.derive import derive
+from trainrt.parallel.planner.sharding import Sharding, sharding_of
+from trainrt.parallel.profile import device_of, known
 from trainrt.parallel.search import assess, choose
 from trainrt.run_dir import read_json
 from trainrt.training.blueprint import blueprint_of
 from trainrt.training.data import Corpus, open_corpus
-from trainrt.training.models.build import build_meta, stored_dtype, weight_files
+from trainrt.training.models.build import build_meta, compute_dtype, stored_dtype, weight_files
 from trainrt.training.pipeline import Pipeline, load_pipeline
 from trainrt.training.verification import verified
 
@@ -77,15 +81,23 @@ def make_plan(
     model = model if model is not None else meta_model(config, pipeline)
     blueprint = blueprint_of(config, pipeline, model)
     parts = packed_parts(model) if config.model.kind == "huggingface" and hasattr(model, "config") else {}
-    profile = device_of(device or _device_name(config))
+    profile = device_of(device) if device is not None else _own_device(config)
     work = work_of(config, model)
     size = mesh or config.mesh()
+
+    def activation_bytes(plan: Plan) -> float | None:
+        sharding = sharding_of(blueprint, plan.mesh.tp) if plan.mesh.tp > 1 else Sharding(1)
+        length = config.data.sequence_length
+        found = activations_of(blueprint, model, sharding, compute_dtype(config), length)
+        return None if found is None else found.bytes(recomputed=config.model.activation_checkpointing)
+
     if size is None:
-        plan = choose(lambda candidate: derive(model, candidate, blueprint, parts=parts), world_size, work, profile)
+        made = partial(derive, model, blueprint=blueprint, parts=parts)
+        plan = choose(made, world_size, work, profile, activation_bytes)
     else:
         if size.world_size != world_size:
             size = shrink(size, world_size)
-        plan = assess(derive(model, size, blueprint, parts=parts), work, profile)
+        plan = assess(derive(model, size, blueprint, parts=parts), work, profile, activation_bytes)
     return replace(plan, recovery=forecast(config, plan).to_json())
 
 
@@ -132,9 +144,8 @@ def load_for_plan(source: Path, *, nodes: int | None = None, devices_per_node: i
 
 
 def plan_command(config: JobConfig, *, mesh: str | None = None, device: str | None = None, verify: bool = True) -> Plan:
-    """The plan of a job without running it. `mesh` is text such as "tp=2,fsdp=2"; `device` a known name."""
-    if device is not None and device not in PEAK_FLOPS:
-        raise ConfigError(f"--device {device}{nearest(device, PEAK_FLOPS)}; allowed: {', '.join(sorted(PEAK_FLOPS))}")
+    """The plan of a job without running it. `mesh` is text such as "tp=2,fsdp=2"; `device` is for
+    `device_of`."""
     size = parse_mesh(mesh) if mesh else None
     world_size = size.world_size if size else config.world_size
     made = make_plan(config, world_size=world_size, device=device, mesh=size)
@@ -175,6 +186,8 @@ def work_of(config: JobConfig, model: nn.Module) -> Work:
         hidden_size=_hidden_size(config, model),
         active_fraction=active_parameters(model) / max(total, 1),
         compute_dtype=config.model.dtype,
+        blocks=next((f"{name}." for name, module in model.named_modules() if module is blocks), ""),
+        summed_late=not config.run.deterministic,
     )
 
 
@@ -200,12 +213,12 @@ def _hidden_size(config: JobConfig, model: nn.Module) -> int:
     return int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
 
 
-def _device_name(config: JobConfig) -> str:
-    """The cost model's profile of the device the job runs on; an unknown GPU is taken for an H100."""
+def _own_device(config: JobConfig) -> Device:
+    """The profile of the device the job runs on: as measured here, or by name; an unknown GPU is taken for an H100."""
     if choose_device(config.cluster.device) == "cpu":
-        return "cpu"
+        return known() or device_of("cpu")
     name = torch.cuda.get_device_name().lower()
-    return next((known for known in PEAK_FLOPS if known in name), "h100")
+    return known() or device_of(next((known for known in PEAK_FLOPS if known in name), "h100"))
 
 
 def check_vocabulary(config: JobConfig, corpus: Corpus, model: nn.Module) -> None:

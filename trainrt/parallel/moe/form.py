@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsForm:
-    """How a module of experts is called: their number, and the names of its three arguments."""
+    """One module with the weights of all experts: their number, and the names of its three arguments."""
 
     experts: int
     rows: str
     index: str
     weight: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListedExperts:
+    """A list of modules, one for each expert, which the code around it calls as it likes."""
+
+    experts: int
+
+
+Form = ExpertsForm | ListedExperts
+
+
+def form_to_json(form: Form) -> dict[str, Any]:
+    return asdict(form)
+
+
+def form_from_json(document: Mapping[str, Any]) -> Form:
+    return ExpertsForm(**document) if "rows" in document else ListedExperts(**document)

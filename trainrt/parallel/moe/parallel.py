@@ -20,16 +20,20 @@ from torch.distributed.tensor import DTensor, Shard
 from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.moe.exchange import Exchange
 from trainrt.parallel.moe.experts import Experts
-from trainrt.parallel.moe.form import ExpertsForm
-from trainrt.parallel.shown import show
+from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
+from trainrt.parallel.moe.listed import gather_list
+from trainrt.parallel.shown import local_part, show
 
 
 def spread_experts(
-    model: nn.Module, modules: Mapping[str, ExpertsForm | None], mesh: DeviceMesh, tp: dist.ProcessGroup | None
+    model: nn.Module, modules: Mapping[str, Form | None], mesh: DeviceMesh, tp: dist.ProcessGroup | None
 ) -> list[nn.Module]:
     """Leave this rank its run of the experts of every module, as DTensors over `mesh` (ep). Returns the modules."""
     spread = []
     for name, form in modules.items():
+        if isinstance(form, ListedExperts):
+            spread.append(gather_list(model, name, mesh, tp))
+            continue
         module = model.get_submodule(name)
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
@@ -37,7 +41,7 @@ def spread_experts(
                 cut = DTensor.from_local(share, mesh, [Shard(0)], run_check=False)
                 owner._parameters[leaf] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
                 if form is not None:
-                    show(owner, leaf)
+                    show(owner, leaf, local_part)
         if isinstance(module, Experts):
             module.ep_group, module.tp_group = mesh.get_group(), tp
         elif form is not None:

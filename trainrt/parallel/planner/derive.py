@@ -51,7 +51,7 @@ def derive(
         planned.append(
             ParameterPlan(name, tuple(buffer.shape), dtype_name(buffer.dtype), (), "buffer", whole, buffer=True)
         )
-    return Plan(size, tuple(planned), aliases, experts=modules)
+    return Plan(size, tuple(planned), aliases, experts=modules, sequence=sharding.sequence)
 
 
 def _dense(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[Cut, ...], str]:

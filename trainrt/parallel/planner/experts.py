@@ -1,7 +1,8 @@
 """Expert parallelism: which modules are experts, found by how they are called, and which of them each rank holds.
 
 Experts are a module that is called with rows (N, D), for each row the numbers of its K experts, and their weights, both
-(N, K), and whose parameters all have the experts along their first dimension: stacked, or flattened with their rows.
+(N, K), and whose parameters all have the experts along their first dimension: stacked, or flattened with their rows. Or
+they are a list of modules (listed.py).
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from torch import Tensor, nn
 from trainrt.config import MeshSize
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.experts import Experts
-from trainrt.parallel.moe.form import ExpertsForm
+from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
 from trainrt.parallel.plan import Cut, kind_of
-from trainrt.parallel.planner.probe import Blueprint, small_model
+from trainrt.parallel.planner.listed import find_listed
+from trainrt.parallel.planner.probe import Blueprint, small_model, trace
 
 RULE = "expert-parallel: each rank holds a run of experts"
+LISTED_RULE = "expert-parallel: each rank holds some experts of the list, all gather them to compute"
 
 
-def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
-    """The modules of experts of a model, by name with its numbers blanked. Runs the small model once.
+def find_experts(blueprint: Blueprint) -> dict[str, Form]:
+    """The modules of experts of a model, by name with its numbers blanked. Runs the small model.
 
     Raises PlanError where it cannot be run.
     """
     model = small_model(blueprint)
-    found: dict[str, ExpertsForm] = {}
+    found: dict[str, Form] = {}
     hooks = []
     for name, module in model.named_modules():
         if any(parameter.dim() >= 2 for parameter in module.parameters()):
@@ -48,7 +51,7 @@ def find_experts(blueprint: Blueprint) -> dict[str, ExpertsForm]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return found or dict(find_listed(model, trace(blueprint)))
 
 
 def _form(module: nn.Module, args: Any, kwargs: Any) -> ExpertsForm | None:
@@ -77,9 +80,9 @@ def _number_of_experts(module: nn.Module, least: int) -> int:
     return 0
 
 
-def experts_of(model: nn.Module, forms: Mapping[str, ExpertsForm]) -> dict[str, ExpertsForm | None]:
+def experts_of(model: nn.Module, forms: Mapping[str, Form]) -> dict[str, Form | None]:
     """The expert modules of the whole model by name; None for those of `moe_lm`, which know how to be spread."""
-    found: dict[str, ExpertsForm | None] = {}
+    found: dict[str, Form | None] = {}
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             found[name] = None
@@ -89,7 +92,7 @@ def experts_of(model: nn.Module, forms: Mapping[str, ExpertsForm]) -> dict[str, 
 
 
 def expert_cuts(
-    model: nn.Module, size: MeshSize, modules: Mapping[str, ExpertsForm | None]
+    model: nn.Module, size: MeshSize, modules: Mapping[str, Form | None]
 ) -> dict[str, tuple[tuple[Cut, ...], str]]:
     """The cuts and the rule of every expert parameter. Raises PlanError where there are none, or they do not divide."""
     cuts: dict[str, tuple[tuple[Cut, ...], str]] = {}
@@ -102,12 +105,23 @@ def expert_cuts(
                 f"parallel.ep = {size.ep} does not divide the {number} experts of {name}; allowed: {divisors}"
             )
         for leaf, parameter in module.named_parameters():
-            if parameter.dim() < 2 or parameter.shape[1] % size.efsdp:
+            shape = tuple(parameter.shape)
+            if isinstance(form, ListedExperts) and shape:
+                cuts[f"{name}.{leaf}"] = _of_the_list(leaf, shape, number, size), LISTED_RULE
+                continue
+            if len(shape) < 2 or shape[1] % size.efsdp:
                 raise PlanError(
                     f"parallel.ep = {size.ep} leaves efsdp = {size.efsdp}, which does not divide dimension 1 "
-                    f"of {name}.{leaf}, {tuple(parameter.shape)}"
+                    f"of {name}.{leaf}, {shape}"
                 )
             cuts[f"{name}.{leaf}"] = (Cut("ep", 0), Cut("efsdp", 1)), RULE
     if not cuts:
         raise PlanError(f"parallel.ep = {size.ep}: the model has no mixture-of-experts layers; allowed: 1")
     return cuts
+
+
+def _of_the_list(leaf: str, shape: tuple[int, ...], number: int, size: MeshSize) -> tuple[Cut, ...]:
+    """An expert's parameter is whole on one place of ep and nothing on the others."""
+    owner = int(leaf.partition(".")[0]) // (number // size.ep)
+    runs = tuple(((0, shape[0]),) if place == owner else () for place in range(size.ep))
+    return Cut("ep", 0, runs), Cut("efsdp", 0)

@@ -33,11 +33,14 @@ class Blueprint:
     """How to make a model without storage for its parameters, and how to run it: the loss of a small batch.
 
     key: gives text that is the same for two models only if they compute the same way; asked for where a plan is looked up.
+    sized: the loss of one sample with so many positions; None where samples come as they are, `samples` in a small batch.
     """
 
     make: Callable[[], nn.Module]
     loss: Callable[[nn.Module], Tensor]
     key: Callable[[], str]
+    sized: Callable[[nn.Module, int], Tensor] | None = None
+    samples: int = 1
 
 
 @contextlib.contextmanager
@@ -76,22 +79,24 @@ def trace(blueprint: Blueprint) -> Tape:
     raise PlanError(f"the model cannot be run on a small batch: {type(failure).__name__}: {failure}") from failure
 
 
-def small_model(blueprint: Blueprint, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The shortened model with random weights, the same every time."""
+def small_model(
+    blueprint: Blueprint, *, dtype: torch.dtype = torch.float32, random_elements: float = float("inf")
+) -> nn.Module:
+    """The shortened model with random weights, the same every time, and zeros in those above `random_elements`."""
     model = blueprint.make().eval()
     shortened(model)
-    materialize(model, dtype=dtype)
+    materialize(model, dtype=dtype, random_elements=random_elements)
     return model
 
 
 def shortened(model: nn.Module) -> bool:
     """Of each outermost list of layers keep one of each kind, in order. Returns whether any went."""
     changed = False
-    for module in list(_outermost(model)):
+    for _, module in list(_outermost(model)):
         kinds: dict[str, int] = {}
         kept: list[nn.Module] = []
         for layer in module:
-            kind = repr([(name, tuple(p.shape)) for name, p in layer.named_parameters()])
+            kind = _kind(layer)
             if kind not in kinds or len(kept) < KEPT_LAYERS:
                 kinds[kind] = len(kept)
                 kept.append(layer)
@@ -104,12 +109,23 @@ def shortened(model: nn.Module) -> bool:
     return changed
 
 
-def _outermost(module: nn.Module) -> Iterator[nn.ModuleList]:
-    for child in module.children():
+def layers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The layers of each outermost list, and text that is equal for those of a kind, in the shortened model too."""
+    for name, layers in _outermost(model):
+        for layer in layers:
+            yield layer, f"{name} {_kind(layer)}"
+
+
+def _kind(layer: nn.Module) -> str:
+    return repr([(name, tuple(p.shape)) for name, p in layer.named_parameters()])
+
+
+def _outermost(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
-            yield child
+            yield prefix + name, child
         else:
-            yield from _outermost(child)
+            yield from _outermost(child, f"{prefix}{name}.")
 
 
 @torch.no_grad()
@@ -125,12 +141,18 @@ def materialize(model: nn.Module, *, random_elements: float = float("inf"), dtyp
                 if parameter.numel() <= random_elements:
                     values = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.1
                 else:
-                    values = torch.from_numpy(np.zeros(tuple(parameter.shape), np.float32)).to(dtype)
+                    values = _untouched(tuple(parameter.shape), dtype)
                 made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             module._parameters[leaf] = made[id(parameter)]
         for leaf, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[leaf] = buffer.to(dtype)
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory that nobody has written to, so that it takes none: numpy asks for such pages, torch writes them."""
+    width = torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(shape, f"i{width}")).view(dtype)
 
 
 def source_of(model: nn.Module) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from trainrt.errors import PlanError
-from trainrt.parallel.moe.form import ExpertsForm
+from trainrt.parallel.moe.form import Form, form_from_json, form_to_json
 from trainrt.parallel.plan import kind_of
 from trainrt.parallel.planner.experts import find_experts
 from trainrt.parallel.planner.probe import Blueprint, trace
@@ -25,11 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """The split of each parameter that `ranks` ranks share, and the rule of every parameter: why it is cut, or whole."""
+    """The split of each parameter that `ranks` ranks share, and the rule of every parameter: why it is cut, or whole.
+
+    sequence: whether activations are scattered by positions between split regions.
+    """
 
     ranks: int
     splits: Mapping[str, Split] = field(default_factory=dict)
     rules: Mapping[str, str] = field(default_factory=dict)
+    sequence: bool = False
 
     def runs(self, name: str) -> Runs:
         """For each rank the runs of indices it holds."""
@@ -37,13 +41,13 @@ class Sharding:
 
     def to_json(self) -> dict[str, Any]:
         cuts = {name: {"dim": split.dim, "runs": self.runs(name)} for name, split in self.splits.items()}
-        return {"ranks": self.ranks, "cuts": cuts, "rules": dict(self.rules)}
+        return {"ranks": self.ranks, "cuts": cuts, "rules": dict(self.rules), "sequence": self.sequence}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Sharding:
         ranks = document["ranks"]
         splits = {name: Split(cut["dim"], owners_of(cut["runs"])) for name, cut in document["cuts"].items()}
-        return cls(ranks, splits, document["rules"])
+        return cls(ranks, splits, document["rules"], document["sequence"])
 
     def spread(self, model: nn.Module) -> Sharding:
         """The same for every parameter of the whole model: those that a small run left out follow their like."""
@@ -58,7 +62,7 @@ class Sharding:
             if known in self.splits:
                 splits[name] = self.splits[known]
             rules[name] = self.rules.get(known, "replicated: not reached by a run of the model")
-        return Sharding(self.ranks, splits, rules)
+        return Sharding(self.ranks, splits, rules, self.sequence)
 
 
 def find_sharding(blueprint: Blueprint, ranks: int) -> Sharding:
@@ -66,12 +70,13 @@ def find_sharding(blueprint: Blueprint, ranks: int) -> Sharding:
     # Not every plan cuts, and scipy takes a fifth of a second to import.
     from trainrt.parallel.planner.choose import Chooser
     from trainrt.parallel.planner.deal import Indivisible
+    from trainrt.parallel.planner.imagined import scatters
 
     try:
         choice = Chooser(trace(blueprint), ranks).choose()
     except Indivisible as error:
         raise PlanError(f"parallel.tp = {ranks} does not divide {error}") from error
-    return Sharding(ranks, choice.splits, choice.rules)
+    return Sharding(ranks, choice.splits, choice.rules, scatters(blueprint, choice.splits, ranks))
 
 
 class Cache:
@@ -122,7 +127,7 @@ def sharding_of(blueprint: Blueprint, ranks: int) -> Sharding:
     return _given(_sharding(blueprint, ranks))
 
 
-def experts_in(blueprint: Blueprint) -> dict[str, ExpertsForm]:
+def experts_in(blueprint: Blueprint) -> dict[str, Form]:
     """How the modules of experts are called, by name with its numbers blanked; from the cache where it is known.
 
     Raises PlanError.
@@ -154,14 +159,14 @@ def _sharding(blueprint: Blueprint, ranks: int) -> Sharding | PlanError:
 
 
 @lru_cache(maxsize=1)
-def _experts(blueprint: Blueprint) -> dict[str, ExpertsForm] | PlanError:
+def _experts(blueprint: Blueprint) -> dict[str, Form] | PlanError:
     key = key_of("experts", blueprint)
     known = Cache().read(key)
     if known is not None:
-        return {name: ExpertsForm(**form) for name, form in known.items()}
+        return {name: form_from_json(form) for name, form in known.items()}
     try:
         found = find_experts(blueprint)
     except PlanError as error:
         return error
-    Cache().write(key, {name: asdict(form) for name, form in found.items()})
+    Cache().write(key, {name: form_to_json(form) for name, form in found.items()})
     return found

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup, all_gather, all_reduce
+from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup, all_gather, all_reduce, reduce_scatter
 from trainrt.parallel.sharded.owners import ALL, Owners
 
-__all__ = ["CopyToGroup", "GatherSplit", "ReduceFromGroup", "Settle", "SumShared", "largest"]
+__all__ = [
+    "CopyToGroup", "GatherRows", "GatherSplit", "ReduceFromGroup", "ScatterSum", "Settle", "SumShared", "largest",
+]  # fmt: skip
 
 
 class GatherSplit(torch.autograd.Function):
@@ -42,6 +44,58 @@ class GatherSplit(torch.autograd.Function):
         if len(ctx.shared):
             part.index_copy_(ctx.dim, ctx.shared, part.index_select(ctx.dim, ctx.shared) / ctx.ranks)
         return part, None, None, None
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows split evenly into split computation: gathered forward, gradients summed for each rank's rows backward.
+
+    Megatron-LM's g (arXiv 2205.05198, section 4.2.2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, owners: Owners, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.owners, ctx.group = dim, owners, group
+        return _gather_rows(local, dim, owners, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _scatter_rows(grads[0], ctx.dim, ctx.owners, ctx.group), None, None, None
+
+
+class ScatterSum(torch.autograd.Function):
+    """Partial sums to each rank's rows of the sum: reduce-scatter forward, all-gather backward (g's conjugate)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, owners: Owners, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.owners, ctx.group = dim, owners, group
+        return _scatter_rows(x, dim, owners, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gather_rows(grads[0], ctx.dim, ctx.owners, ctx.group), None, None, None
+
+
+def _by_rank(owners: Owners, device: torch.device) -> Tensor | None:
+    """The rows of the first rank, then those of the second, and so on; None where they lie so."""
+    order = np.concatenate([owners.held(rank) for rank in range(owners.ranks)])
+    return None if bool((order[1:] > order[:-1]).all()) else torch.from_numpy(order).to(device)
+
+
+def _gather_rows(local: Tensor, dim: int, owners: Owners, group: dist.ProcessGroup) -> Tensor:
+    parts = all_gather(local.movedim(dim, 0).contiguous(), group).flatten(0, 1)
+    order = _by_rank(owners, local.device)
+    whole = parts if order is None else torch.empty_like(parts).index_copy_(0, order, parts)
+    return _fresh(whole.movedim(0, dim))
+
+
+def _scatter_rows(x: Tensor, dim: int, owners: Owners, group: dist.ProcessGroup) -> Tensor:
+    rows, order = x.movedim(dim, 0), _by_rank(owners, x.device)
+    return _fresh(reduce_scatter(rows if order is None else rows.index_select(0, order), group).movedim(0, dim))
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """Memory of its own: a model may write into what it gets."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Settle(torch.autograd.Function):

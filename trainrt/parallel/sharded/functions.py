@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainrt.parallel.sharded.collectives import ReduceFromGroup
 from trainrt.parallel.sharded.operands import common, entered, is_split, part, wrapped
 from trainrt.parallel.sharded.owners import Owners
+from trainrt.parallel.sharded.sequence import split_by_rows, total, whole_rows
 from trainrt.parallel.sharded.tensor import Axis, Sharded, as_operators
 
 
@@ -82,6 +82,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     The input enters once for all columns that read it; taken as operators, each would get a view of its own.
     """
     axis: Axis = next(t.axis for t in (x, weight, bias) if isinstance(t, Sharded))
+    if split_by_rows(x):
+        assert isinstance(x, Sharded)
+        if not isinstance(weight, Sharded) and not isinstance(bias, Sharded):
+            own = None if bias is None else entered(axis, bias)
+            return wrapped(axis, F.linear(x.local, entered(axis, weight), own), x.along, x.owners)  # type: ignore[arg-type]
+        x = whole_rows(axis, x)
     if is_split(weight) and weight.along == 0 and not is_split(x):  # type: ignore[attr-defined]
         owners = common([(weight, 0), *([(bias, 0)] if bias is not None else [])])
         if owners is not None and owners is weight.owners:  # type: ignore[attr-defined]
@@ -91,7 +97,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         owners = common([(x, x.ndim - 1), (weight, 1)])
         if owners is not None and owners.disjoint:
             product = F.linear(part(axis, x, x.ndim - 1, owners), part(axis, weight, 1, owners))
-            summed = ReduceFromGroup.apply(product, axis.group)
+            summed = total(axis, product)
+            if isinstance(summed, Sharded) and bias is not None:
+                return wrapped(axis, summed.local + entered(axis, bias), summed.along, summed.owners)  # type: ignore[arg-type]
             return summed if bias is None else summed + bias
     return as_operators(F.linear, axis, (x, weight, bias), {})
 

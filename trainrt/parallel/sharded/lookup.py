@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from trainrt.parallel.sharded.collectives import ReduceFromGroup
 from trainrt.parallel.sharded.operands import is_split, wrapped
 from trainrt.parallel.sharded.owners import ALL, Owners
+from trainrt.parallel.sharded.sequence import looked_up, total
 from trainrt.parallel.sharded.tensor import Axis, Sharded
 
 Args = tuple[Any, ...]
@@ -31,6 +32,7 @@ def embedding(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     if not is_split(weight):
         return NotImplemented
     padding = rest[0] if rest else -1
+    looked_up(axis, index)
     if weight.along == 1:
         return wrapped(axis, func(weight.local, index, *rest, **kwargs), index.ndim, weight.owners)
     place, counts = _local_index(axis, weight.owners, index)
@@ -38,7 +40,8 @@ def embedding(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     if padding >= 0:
         # Its row is looked up but gets no gradient.
         rows = torch.where((index == padding).unsqueeze(-1), rows.detach(), rows)
-    return Sharded(ReduceFromGroup.apply(rows * counts.unsqueeze(-1), axis.group), axis)
+    made = total(axis, rows * counts.unsqueeze(-1))
+    return made if isinstance(made, Sharded) else Sharded(made, axis)
 
 
 def negative_log_likelihood(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:

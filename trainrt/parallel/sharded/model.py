@@ -5,7 +5,7 @@ Wherever the model's code reads one, it gets a Sharded of the current local part
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,22 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from trainrt.parallel.sharded import rules  # noqa: F401  what operators become
 from trainrt.parallel.sharded.collectives import SumShared
 from trainrt.parallel.sharded.owners import Split
 from trainrt.parallel.sharded.tensor import Axis, Sharded
-from trainrt.parallel.shown import show
+from trainrt.parallel.shown import local_part, show
 
 
-def shard_model(model: nn.Module, splits: Mapping[str, Split], mesh: DeviceMesh) -> Axis:
+def shard_model(model: nn.Module, splits: Mapping[str, Split], mesh: DeviceMesh, *, sequence: bool = False) -> Axis:
     """Leave this rank its part of each split parameter and have the model's code run on it.
 
-    `mesh` has one dimension. Tied parameters are split once and stay tied. Returns the axis, which counts what had to be
-    gathered.
+    `mesh` has one dimension. `sequence`: activations are scattered by positions between split regions. Returns the axis,
+    which counts what had to be gathered.
     """
-    axis = Axis(mesh.get_group())
+    axis = Axis(mesh.get_group(), sequence=sequence)
+    split_parameters(model, splits, axis, lambda parameter, split: _stored(parameter, split, axis, mesh))
+    return axis
+
+
+def split_parameters(
+    model: nn.Module, splits: Mapping[str, Split], axis: Axis, stored: Callable[[Tensor, Split], Tensor]
+) -> None:
+    """Keep `stored` of each split parameter and show the model's code this rank's part. Tied parameters stay tied."""
     _let_functions_run_locally()
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     split_of: dict[int, Split] = {}
@@ -41,24 +49,24 @@ def shard_model(model: nn.Module, splits: Mapping[str, Split], mesh: DeviceMesh)
     for identity, split in split_of.items():
         owners = places[identity]
         module, leaf = owners[0]
-        stored = _stored(module._parameters[leaf], split, axis, mesh)
+        whole = module._parameters[leaf]
+        assert whole is not None
+        kept = nn.Parameter(stored(whole.detach(), split), requires_grad=whole.requires_grad)
         for module, leaf in owners:
-            module._parameters[leaf] = stored
-            show(module, leaf, partial(_view, split=split, axis=axis))
+            module._parameters[leaf] = kept
+            show(module, leaf, partial(local_part, view=partial(_view, split=split, axis=axis)))
     model.register_forward_hook(lambda *_: axis.forget(), always_call=True)
-    return axis
 
 
-def _stored(parameter: Any, split: Split, axis: Axis, mesh: DeviceMesh) -> nn.Parameter:
-    """The parameter as a DTensor whose local tensor is this rank's part."""
-    share = axis.take(parameter.detach(), split.dim, split.owners).clone()
+def _stored(parameter: Tensor, split: Split, axis: Axis, mesh: DeviceMesh) -> DTensor:
+    """This rank's part as the local tensor of a DTensor."""
+    share = axis.take(parameter, split.dim, split.owners).clone()
     shape = torch.Size(
         sum(split.owners.count(rank) for rank in range(axis.ranks)) if d == split.dim else n
         for d, n in enumerate(parameter.shape)
     )
     stride = torch.empty(shape, device="meta").stride()
-    held = DTensor.from_local(share, mesh, [Shard(split.dim)], run_check=False, shape=shape, stride=stride)
-    return nn.Parameter(held, requires_grad=parameter.requires_grad)
+    return DTensor.from_local(share, mesh, [Shard(split.dim)], run_check=False, shape=shape, stride=stride)
 
 
 def _view(local: Tensor, split: Split, axis: Axis) -> Sharded:
@@ -70,6 +78,30 @@ def _view(local: Tensor, split: Split, axis: Axis) -> Sharded:
 def full(value: Any) -> Any:
     """Outputs of a sharded model with every tensor whole and plain."""
     return tree_map_only(Sharded, lambda tensor: tensor.full(), value)
+
+
+def show_locals(module: nn.Module) -> None:
+    """Have hooks that are there already see local tensors where sharded ones go in and out of the module.
+
+    FSDP2 waits for the gradients of what goes in and comes out; a shell has none.
+    """
+    waiting: list[list[Sharded | None]] = []
+
+    def opened(value: Any) -> Any:
+        leaves, structure = tree_flatten(value)
+        waiting.append([leaf if isinstance(leaf, Sharded) else None for leaf in leaves])
+        return tree_unflatten([leaf.local if isinstance(leaf, Sharded) else leaf for leaf in leaves], structure)
+
+    def closed(value: Any) -> Any:
+        leaves, structure = tree_flatten(value)
+        shells = waiting.pop()
+        made = [leaf if shell is None else shell.like(leaf) for leaf, shell in zip(leaves, shells, strict=True)]
+        return tree_unflatten(made, structure)
+
+    module.register_forward_pre_hook(lambda _, args, kwargs: opened((args, kwargs)), prepend=True, with_kwargs=True)
+    module.register_forward_pre_hook(lambda _, args, kwargs: closed((args, kwargs)), with_kwargs=True)
+    module.register_forward_hook(lambda _, args, output: opened(output), prepend=True)
+    module.register_forward_hook(lambda _, args, output: closed(output))
 
 
 def _let_functions_run_locally() -> None:
@@ -105,4 +137,4 @@ def _split_of(shell: Sharded) -> tuple[Any, ...]:
 def _like(made: Tensor, first: Sharded, cls: Any) -> Tensor:
     if made.shape != first.local.shape:
         raise NotImplementedError(f"{cls.__name__} changes the shape of a split tensor")
-    return Sharded(made, first.axis, dim=first.along, owners=first.owners, partial=first.partial)
+    return first.like(made)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainrt.parallel.sharded.collectives import ReduceFromGroup
 from trainrt.parallel.sharded.operands import common, entered, is_split, part, wrapped
 from trainrt.parallel.sharded.owners import Owners
+from trainrt.parallel.sharded.sequence import split_by_rows, total, whole_rows
 from trainrt.parallel.sharded.tensor import Axis, Sharded
 
 Args = tuple[Any, ...]
@@ -18,6 +18,9 @@ Args = tuple[Any, ...]
 def product(axis: Axis, a: Tensor, b: Tensor) -> Any:
     """a (..., M, K) times b (..., K, N), of equal numbers of dimensions, two or three."""
     n = a.ndim
+    if split_by_rows(a) and n == 2 and is_split(b):
+        assert isinstance(a, Sharded)
+        a = whole_rows(axis, a)
     for dim_a, dim_b, where in ((n - 1, n - 2, None), (0, 0, 0), (n - 2, None, n - 2), (None, n - 1, n - 1)):
         if n == 2 and where == 0 and dim_b == 0:
             continue
@@ -39,7 +42,8 @@ def summed(axis: Axis, partial: Tensor, owners: Owners) -> Any:
     """The sum over ranks of products along a split dimension. Indices that all ranks hold would count twice."""
     if not owners.disjoint:
         return NotImplemented
-    return Sharded(ReduceFromGroup.apply(partial, axis.group), axis)
+    made = total(axis, partial)
+    return made if isinstance(made, Sharded) else Sharded(made, axis)
 
 
 def mm(axis: Axis, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:

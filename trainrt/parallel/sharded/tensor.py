@@ -36,12 +36,18 @@ RECENT = 4
 
 
 class Axis:
-    """The ranks that a model is split over, seen from one of them. `gathered`: operators that had to gather, and how often."""
+    """The ranks that a model is split over, seen from one of them. `gathered`: operators that had to gather, and how often.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    sequence: whether activations are scattered by positions between split regions (sequence.py); `positions` are the
+    (samples, positions) that have been seen, `scattered` counts the times.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, sequence: bool = False) -> None:
+        self.group, self.sequence = group, sequence
         self.rank, self.ranks = group.rank(), group.size()
         self.gathered: Counter[str] = Counter()
+        self.positions: set[tuple[int, int]] = set()
+        self.scattered = 0
         self._recent: list[tuple[Tensor, Tensor]] = []
         self._held: dict[tuple[Owners, torch.device], Tensor] = {}
 
@@ -53,12 +59,16 @@ class Axis:
         """A whole tensor for use by split computation: its gradients are summed over the ranks."""
         if not tensor.requires_grad or not torch.is_grad_enabled():
             return tensor
-        for known, entered in self._recent:
+        return self.remembered(tensor, lambda: CopyToGroup.apply(tensor, self.group))
+
+    def remembered(self, tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What a whole tensor, or rows of one, became when split computation last read it."""
+        for known, made in self._recent:
             if known is tensor:
-                return entered
-        entered = CopyToGroup.apply(tensor, self.group)
-        self._recent = [(tensor, entered), *self._recent[: RECENT - 1]]
-        return entered
+                return made
+        made = make()
+        self._recent = [(tensor, made), *self._recent[: RECENT - 1]]
+        return made
 
     def held(self, owners: Owners, device: torch.device) -> Tensor:
         """The indices this rank holds."""
@@ -104,6 +114,10 @@ class Sharded(Tensor):
     @property
     def whole(self) -> bool:
         return self.along is None and not self.partial
+
+    def like(self, local: Tensor) -> Sharded:
+        """Another local tensor split as this one is."""
+        return Sharded(local, self.axis, dim=self.along, owners=self.owners, partial=self.partial)
 
     def full(self) -> Tensor:
         """The whole tensor, plain: gathered from the ranks where it is split."""

@@ -44,7 +44,7 @@ def parallelize(model: nn.Module, plan: Plan, groups: Groups, *, config: JobConf
     """
     blocks = find_blocks(model)
     if groups.size.tp > 1:
-        shard_model(model, plan.splits(), groups.dense["tp"])
+        shard_model(model, plan.splits(), groups.dense["tp"], sequence=plan.sequence)
     spread = spread_experts(model, plan.experts, groups.experts["ep"], groups.tp) if groups.experts is not None else []
     if config.model.activation_checkpointing:
         for block in blocks or ():
