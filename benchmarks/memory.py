@@ -20,6 +20,7 @@ SIZES = {"layers": 6, "hidden_size": 512, "heads": 8, "kv_heads": 8, "intermedia
          "max_position": 512}  # fmt: skip
 LLAMA = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
          "num_key_value_heads": 8, "vocab_size": 8192, "max_position_embeddings": 512}  # fmt: skip
+M_MMAP_THRESHOLD = -3
 FORMS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
     "llama, one rank": ("huggingface", {}, {}),
     "llama, fsdp 2": ("huggingface", {"fsdp": 2}, {}),
@@ -54,6 +55,8 @@ def rank_main(rank: int, config: Any) -> int:
     from tests.jobs import train
 
     libc = ctypes.CDLL("libc.so.6")
+    # Blocks from 64 KiB up go back to the system when they are freed: what is resident is what is held.
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     warm = job(config.model.kind, mesh={a: getattr(config.parallel, a) for a in ("dp", "fsdp", "tp", "ep")})
     train(engine(warm, rank), warm, steps=1)
     libc.malloc_trim(0)

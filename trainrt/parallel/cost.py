@@ -61,7 +61,7 @@ class Device:
 
 
 def estimate(plan: Plan, work: Work, device: Device, activation_bytes: float | None) -> dict[str, float]:
-    """The parts of memory (bytes a rank) and of a step (seconds). `memory_bytes` and `step_seconds` are their sums.
+    """The parts of memory (bytes a rank) and of a step (seconds). `step_seconds` is their sum, `memory_bytes` the peak.
 
     activation_bytes: as counted for one sample, or None where they could not be.
     """
@@ -87,16 +87,23 @@ def estimate(plan: Plan, work: Work, device: Device, activation_bytes: float | N
         **memory,
         **seconds,
         "state_bytes": memory["parameter_bytes"] + memory["optimizer_bytes"],
-        "memory_bytes": sum(memory.values()),
+        "memory_bytes": _peak(memory),
         "step_seconds": sum(seconds.values()),
     }
+
+
+def _peak(memory: dict[str, float]) -> float:
+    """The larger of two moments: all activations are there and no gradient is sharded, or the optimizer works on all of them."""
+    backward = memory["gathered_bytes"] + memory["waiting_bytes"] + memory["activation_bytes"]
+    update = 2 * memory["gradient_bytes"]
+    return memory["parameter_bytes"] + memory["optimizer_bytes"] + max(backward, update)
 
 
 def _state(plan: Plan, work: Work) -> dict[str, float]:
     """Parameters, gradients and optimizer of the first rank, and what FSDP2 gathers around computation.
 
-    Gathered are the parameters of the root, of two layers (the next one is prefetched) and of two modules of experts, and
-    the gradients of the largest of these; all gradients, where they wait for the last round.
+    Gathered are the parameters of the root, of two layers (the next one is prefetched) and of two modules of experts.
+    Gradients wait whole for the last round, where a step has several.
     """
     size = plan.mesh
     own = trainable = 0
@@ -113,14 +120,13 @@ def _state(plan: Plan, work: Work) -> dict[str, float]:
     experts = sorted((n for unit, n in units.items() if unit in plan.experts), reverse=True)
     layers = sorted((n for unit, n in units.items() if unit and unit not in plan.experts), reverse=True)
     computing = units.get("", 0) + sum(layers[:2]) + sum(experts[:2])
-    gradients = max(units.values(), default=0)
-    if work.summed_late and work.rounds(size.data_ranks) > 1:
-        gradients = sum(units.values())
+    waiting = work.summed_late and work.rounds(size.data_ranks) > 1
     return {
         "parameter_bytes": float(own),
         "gradient_bytes": float(trainable * stored),
         "optimizer_bytes": 2.0 * trainable * stored,
-        "gathered_bytes": float(computing * ITEM_BYTES[work.compute_dtype] + gradients * stored),
+        "gathered_bytes": float(computing * ITEM_BYTES[work.compute_dtype]),
+        "waiting_bytes": float(sum(units.values()) * stored * waiting),
     }
 
 

@@ -9,6 +9,7 @@ every mesh (tree.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from trainrt.events import ring
 from trainrt.parallel.collectives import all_gather, all_reduce
 from trainrt.parallel.mesh import Groups
 from trainrt.parallel.moe.listed import GatheredList
-from trainrt.parallel.sharded.model import show_locals
+from trainrt.parallel.sharded.model import locals_shown
 from trainrt.parallel.tree import TreeSum, Turn
 
 
@@ -122,10 +123,9 @@ def apply_fsdp(
             # Every rank of efsdp * ep took part in the exchange: no replicas are left to reduce over.
             _configure(module, axis="efsdp", replicas=None, turn=turn, span=groups.size.ep)
     for module in (*(blocks or ()), model):
-        fully_shard(module, mesh=groups.fsdp, mp_policy=policy)
+        with locals_shown(module) if groups.tp is not None else nullcontext():
+            fully_shard(module, mesh=groups.fsdp, mp_policy=policy)
         _configure(module, axis="fsdp", replicas=groups.dp, turn=turn)
-        if groups.tp is not None:
-            show_locals(module)
 
 
 def _always(placement: Shard, _: nn.Parameter) -> Shard:

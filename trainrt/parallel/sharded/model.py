@@ -5,7 +5,8 @@ Wherever the model's code reads one, it gets a Sharded of the current local part
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,8 @@ def split_parameters(
         for module, leaf in owners:
             module._parameters[leaf] = kept
             show(module, leaf, partial(local_part, view=partial(_view, split=split, axis=axis)))
+    # Before as well: activation checkpointing runs layers again after the model has ended, and leaves their graph.
+    model.register_forward_pre_hook(lambda *_: axis.forget())
     model.register_forward_hook(lambda *_: axis.forget(), always_call=True)
 
 
@@ -80,10 +83,12 @@ def full(value: Any) -> Any:
     return tree_map_only(Sharded, lambda tensor: tensor.full(), value)
 
 
-def show_locals(module: nn.Module) -> None:
-    """Have hooks that are there already see local tensors where sharded ones go in and out of the module.
+@contextlib.contextmanager
+def locals_shown(module: nn.Module) -> Iterator[None]:
+    """Hooks that are registered inside see local tensors where sharded ones go in and out of the module.
 
-    FSDP2 waits for the gradients of what goes in and comes out; a shell has none.
+    FSDP2 waits for the gradients of what goes in and comes out; a shell has none. Hooks from before see shells: what runs a
+    forward pass again (activation checkpointing) has to.
     """
     waiting: list[list[Sharded | None]] = []
 
@@ -98,8 +103,10 @@ def show_locals(module: nn.Module) -> None:
         made = [leaf if shell is None else shell.like(leaf) for leaf, shell in zip(leaves, shells, strict=True)]
         return tree_unflatten(made, structure)
 
+    # The later one is put in front, the earlier it runs.
+    module.register_forward_pre_hook(lambda _, args, kwargs: closed((args, kwargs)), prepend=True, with_kwargs=True)
+    yield
     module.register_forward_pre_hook(lambda _, args, kwargs: opened((args, kwargs)), prepend=True, with_kwargs=True)
-    module.register_forward_pre_hook(lambda _, args, kwargs: closed((args, kwargs)), with_kwargs=True)
     module.register_forward_hook(lambda _, args, output: opened(output), prepend=True)
     module.register_forward_hook(lambda _, args, output: closed(output))
 
