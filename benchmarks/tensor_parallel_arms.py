@@ -64,7 +64,9 @@ class Arm:
 class Ours(Arm):
     """Plans derived from a run of the model (on the batch of `planned`): what the runtime does under `parallel.tp`."""
 
-    def __init__(self, make: Make, loss: Loss, mesh: DeviceMesh, *, planned: Loss | None = None) -> None:
+    def __init__(
+        self, make: Make, loss: Loss, mesh: DeviceMesh, *, planned: Loss | None = None, sequence: bool = True
+    ) -> None:
         def small() -> nn.Module:
             with hollow():
                 return make()
@@ -72,7 +74,7 @@ class Ours(Arm):
         model = make()
         sharding = find_sharding(Blueprint(small, planned or loss, lambda: ""), mesh.size()).spread(model)
         self._splits = sharding.splits
-        self._axis = shard_model(model, sharding.splits, mesh)
+        self._axis = shard_model(model, sharding.splits, mesh, sequence=sharding.sequence and sequence)
         super().__init__(model, loss)
 
     def loss(self) -> Tensor:

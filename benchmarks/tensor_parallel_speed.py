@@ -23,7 +23,14 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.tensor_parallel_arms import Arm, HuggingFace, Ours, Tutorial
 
 RANKS = 2
-ARMS = {"ours": "trainrt", "tutorial": "torch's tutorial", "hf": "Hugging Face tp_plan"}
+ARMS = {
+    "ours": "trainrt", "whole": "trainrt, activations whole", "tutorial": "torch's tutorial", "hf": "Hugging Face tp_plan",
+}  # fmt: skip
+    "ours": "trainrt",
+    "whole": "trainrt without sequence parallelism",
+    "tutorial": "torch's tutorial",
+    "hf": "Hugging Face tp_plan",
+}
 PLANNED = (1, 16)
 """The batch that plans are made from."""
 SAME = 1e-5
@@ -106,6 +113,7 @@ def racers(size: Size, names: list[str], saved: Path) -> dict[str, Racer]:
     planned = functools.partial(loss_of, PLANNED, size.vocabulary)
     makes: dict[str, Callable[[], Arm]] = {
         "ours": lambda: Ours(size.model, loss, mesh, planned=planned),
+        "whole": lambda: Ours(size.model, loss, mesh, planned=planned, sequence=False),
         "tutorial": lambda: Tutorial(size.model, loss, mesh),
         "hf": lambda: HuggingFace(transformers.LlamaForCausalLM, saved, loss, mesh, attention="sdpa"),
     }

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, Shape, dict[str, Any]]] = {
     "dcp": ("dcp", FSDP_TP, "dcp", Shape(), {}),
     "dcp, tied": ("dcp", {"world": 2, "model": {"tie_word_embeddings": True}}, "dcp", Shape(), {}),
 }  # fmt: skip
-SHORT = ("zero 1", "deepspeed universal, zero 3", "dcp")
+SHORT = ("zero 1", "dcp")
 
 
 @pytest.mark.parametrize("case", CASES)

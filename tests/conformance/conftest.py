@@ -27,7 +27,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     lines = [
         "# Conformance", "",
         "Every parallel form that is built, and what is proven of it. Generated from a run of the tests:",
-        "`pytest tests/conformance --write-conformance`. What is not in the table is refused by name.", "",
+        "`pytest tests/conformance --campaign --write-conformance`. What is not in the table is refused by name.", "",
         "- parity: losses and gradient norms of 5 steps against one process (float64: 1e-11 relative; bfloat16: 2e-2)",
         "- layout digest: the freshly made model, consolidated, has the digests of one process, bit for bit",
         "- resume on another mesh: a checkpoint, loaded on the mesh in brackets, has equal digests, and goes on alike",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.rows import ROWS, Row
+from tests.conformance.rows import CASES, Row
 from tests.jobs import job
 from tests.state import Trained
 
@@ -33,13 +33,13 @@ def worst(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
     return max(abs(x - y) / abs(y) for left, right in zip(a, b, strict=True) for x, y in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", CASES)
 def test_parity(row: Row, trained: Any, record_property: Any) -> None:
     record_property("cell", (row.name, "parity"))
     assert worst(trained(row, row.mesh).losses, trained(row, {}).losses) < row.tolerance
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", CASES)
 def test_layout_digest(row: Row, trained: Any, record_property: Any) -> None:
     record_property("cell", (row.name, "layout digest"))
     made, single = trained(row, row.mesh), trained(row, {})
@@ -48,7 +48,7 @@ def test_layout_digest(row: Row, trained: Any, record_property: Any) -> None:
     assert made.digests() != made.initial_digests(), "negative control: trained state differs"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", CASES)
 def test_resume_on_another_mesh(row: Row, trained: Any, record_property: Any, tmp_path: Path) -> None:
     record_property("cell", (row.name, "resume on another mesh"))
     before = trained(row, row.mesh)

@@ -95,7 +95,9 @@ def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) 
     assert code == 2 and "optimizer.learning_rate" in output and "--force" in output, output
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.campaign)]
+)
 def test_a_signal_ends_with_a_checkpoint_and_the_same_command_goes_on(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ class Outcome:
     """result: right, refused, not buildable, wrong.
 
     held: of the parameters that a run reaches, the fraction that rank 0 holds. gathered: operators of one forward pass that
-    had to gather.
+    had to gather. sequence: whether activations are scattered by positions.
     """
 
     result: str
@@ -52,6 +52,7 @@ class Outcome:
     gradient: float = 0.0
     worst: str = ""
     gathered: dict[str, int] = field(default_factory=dict)
+    sequence: bool = False
 
 
 def single_means_double() -> None:
@@ -177,7 +178,9 @@ def check(rank: int, kind: str, exact: bool) -> Outcome:
     expected = gradients(model)
     used = {name: p.numel() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    axis = shard_model(model, sharding.splits, init_device_mesh("cpu", (dist.get_world_size(),)))
+    axis = shard_model(
+        model, sharding.splits, init_device_mesh("cpu", (dist.get_world_size(),)), sequence=sharding.sequence
+    )
     parts = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     held = sum(parts[name].numel() for name in used) / sum(used.values())
     try:
@@ -188,7 +191,7 @@ def check(rank: int, kind: str, exact: bool) -> Outcome:
         return Outcome("refused", f"sharded: {_said(error)}", held=held)
     except Exception as error:
         return Outcome("wrong", f"sharded: {_said(error)}", held=held)
-    outcome = Outcome("", "", "fp64" if exact else "fp32", held, gathered=gathered)
+    outcome = Outcome("", "", "fp64" if exact else "fp32", held, gathered=gathered, sequence=axis.scattered > 0)
     outcome.loss = abs(made.item() - loss.item()) / abs(loss.item())
     everything = sum(float(value.double().square().sum()) for value in expected.values()) ** 0.5
     errors: dict[str, float] = {}

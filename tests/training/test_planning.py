@@ -263,3 +263,21 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert made.flops > 1e9 and 1e6 < made.link_bytes_per_second < 1e12 and 1e-7 < made.latency_seconds < 1
     monkeypatch.setattr(profile, "measure", None)
     assert profile.device_of("measured") == profile.known() == made
+
+
+def test_a_large_model_is_verified_with_smaller_widths_of_the_same_heads() -> None:
+    from trainrt.training.blueprint import scaled
+    from trainrt.training.pipeline import Pipeline
+
+    sizes = {
+        **LLAMA,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    }
+    config = job("huggingface", mesh={"tp": 2}, model={"config": {**sizes, "vocab_size": 4096, "id2label": {0: "a"}}})
+    shapes = {name: tuple(p.shape) for name, p in scaled(config, Pipeline()).make().named_parameters()}
+    width = shapes["model.norm.weight"][0]
+    assert width < 512 and shapes["model.layers.1.mlp.up_proj.weight"] == (4 * width, width)
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == (4 * 2048 // 16, width), "four of sixteen heads"

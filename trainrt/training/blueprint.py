@@ -93,9 +93,9 @@ def _divided(document: Any, factor: int) -> Any:
     return document
 
 
-def _counts(key: str) -> bool:
+def _counts(key: Any) -> bool:
     words = ("num_", "n_head", "n_layer", "position", "token", "window", "top", "group", "version")
-    return any(word in key for word in words)
+    return any(word in str(key) for word in words)
 
 
 def small_batch(config: JobConfig, pipeline: Pipeline, model: nn.Module) -> Mapping[str, Any]:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainrt.parallel.planner.imagined import split_as_first
 from trainrt.parallel.planner.probe import RANDOM_ELEMENTS, Blueprint, layers_of, small_model
 from trainrt.parallel.planner.sharding import Cache, Sharding, key_of
 
@@ -68,6 +67,9 @@ def _measure(
     times = Counter(kind for _, kind in layers_of(whole))
     here = Counter(kinds.values())
     if sharding.ranks > 1:
+        # Not every plan splits, and torch's distributed tensors take a second to import.
+        from trainrt.parallel.planner.imagined import split_as_first
+
         split_as_first(model, sharding.splits, sharding.ranks, sequence=sharding.sequence)
 
     def run(loss: Callable[[], Tensor]) -> _Counts:
