@@ -26,11 +26,6 @@ RANKS = 2
 ARMS = {
     "ours": "trainrt", "whole": "trainrt, activations whole", "tutorial": "torch's tutorial", "hf": "Hugging Face tp_plan",
 }  # fmt: skip
-    "ours": "trainrt",
-    "whole": "trainrt without sequence parallelism",
-    "tutorial": "torch's tutorial",
-    "hf": "Hugging Face tp_plan",
-}
 PLANNED = (1, 16)
 """The batch that plans are made from."""
 SAME = 1e-5
