@@ -367,9 +367,12 @@ def _not_built(config: JobConfig) -> Iterator[str]:
             yield f"parallel.cp = {parallel.cp}: context parallelism is not built yet; allowed: 1"
     if config.engine.kind == "deepspeed":
         yield 'engine.kind = "deepspeed" is not built yet; allowed: "native"'
-    for key in ("r", "degree", "backward_degree"):
-        if getattr(moe, key) not in ("auto", 1):
-            yield f'moe.{key} = {getattr(moe, key)} is not built yet; allowed: "auto", 1'
+    for key in ("degree", "backward_degree"):
+        value = getattr(moe, key)
+        if value != "auto" and value < 1:
+            yield f'moe.{key} = {value}; allowed: "auto" or a whole number from 1'
+    if moe.r != "auto" and moe.r < 0:
+        yield f'moe.r = {moe.r}; allowed: "auto", 0, or a divisor of parallel.ep / moe.experts'
     if moe.all_to_all == "hierarchical":
         yield 'moe.all_to_all = "hierarchical" is not built yet; allowed: "auto", "linear"'
     for key in ("zero_experts", "copy_experts", "constant_experts"):
@@ -430,8 +433,11 @@ def _model_problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str
         yield from _head_problems("model.config.", sizes.hidden_size, sizes.heads, sizes.kv_heads, mesh.tp)
         if sizes.intermediate_size % mesh.tp:
             yield _not_divided("model.config.intermediate_size", sizes.intermediate_size, "parallel.tp", mesh.tp)
-        if config.moe.experts % mesh.ep:
-            yield _not_divided("moe.experts", config.moe.experts, "parallel.ep", mesh.ep)
+        if mesh.ep > config.moe.experts and mesh.ep % config.moe.experts:
+            yield (
+                f"parallel.ep = {mesh.ep} is more than moe.experts = {config.moe.experts} and no multiple of it; "
+                f"allowed: at most {config.moe.experts}, or a multiple of it"
+            )
         if config.moe.top_k > config.moe.experts:
             yield f"moe.top_k = {config.moe.top_k} is more than moe.experts = {config.moe.experts}"
         if config.data.sequence_length > sizes.max_position:

@@ -104,3 +104,13 @@ def make_groups(size: MeshSize, device: torch.device) -> Groups:
     if size.ep > 1:
         experts = init_device_mesh(device.type, (size.efsdp, size.ep), mesh_dim_names=("efsdp", "ep"))
     return Groups(size, device, dense, experts)
+
+
+def neighbours(size: MeshSize, device: torch.device, width: int) -> dist.ProcessGroup | None:
+    """The group of `width` neighbouring ranks of ep that this one is in; None of one alone. Every rank calls this."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if width == 1:
+        return None
+    shape = (size.world_size // width, width)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("apart", "slices")).get_group("slices")

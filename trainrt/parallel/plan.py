@@ -142,6 +142,8 @@ class ParameterPlan:
             if cut.runs is None or axis_size(size, cut.axis) == 1 or place == 0:
                 continue
             earlier = {i for runs in cut.runs[:place] for first, n in runs for i in range(first, first + n)}
+            if len([other for other in self.cuts if other.axis == cut.axis]) > 1:
+                continue  # along another dimension no two places hold the same
             if any(first + k in earlier for first, n in cut.runs[place] for k in range(n)):
                 mine = [first + k for first, n in self.held(size, rank).spans[cut.dim] for k in range(n)]
                 return cut.dim, [position for position, index in enumerate(mine) if index not in earlier]
@@ -176,7 +178,10 @@ class ParameterPlan:
 
     def placements(self, size: MeshSize) -> dict[str, str]:
         """Mesh axis to 'replicate' or 'shard(dim)', as in `plan --json`."""
-        cut = {cut.axis: _placement(cut) for cut in self.cuts if axis_size(size, cut.axis) > 1}
+        cut: dict[str, str] = {}
+        for one in self.cuts:
+            if axis_size(size, one.axis) > 1:
+                cut[one.axis] = f"{cut[one.axis]} {_placement(one)}" if one.axis in cut else _placement(one)
         axes = ("efsdp", "ep") if {"ep", "efsdp"} & {c.axis for c in self.cuts} else ("dp", "fsdp", "tp")
         return {axis: cut.get(axis, "replicate") for axis in axes}
 
@@ -204,6 +209,16 @@ class ParameterPlan:
 def kind_of(name: str) -> str:
     """A name with its numbers blanked: that of every layer and every expert of a kind."""
     return re.sub(r"[0-9]+", "*", name)
+
+
+def _runs_json(parameter: ParameterPlan) -> dict[str, Any]:
+    """Where a cut is not into even pieces: its runs, under the axis's name, and the dimension's for a second one."""
+    found: dict[str, Any] = {}
+    for cut in parameter.cuts:
+        if cut.runs is not None:
+            key = f"{cut.axis}_runs"
+            found[f"{key}_{cut.dim}" if key in found else key] = cut.runs
+    return found
 
 
 def _placement(cut: Cut) -> str:
@@ -315,7 +330,7 @@ class Plan:
                     "shape": list(parameter.shape),
                     "placements": parameter.placements(self.mesh),
                     "rule": parameter.rule,
-                    **{f"{cut.axis}_runs": cut.runs for cut in parameter.cuts if cut.runs is not None},
+                    **_runs_json(parameter),
                 }
                 for parameter in self.parameters
             ],

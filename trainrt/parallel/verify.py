@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from trainrt.parallel.moe.experts import local
 from trainrt.parallel.moe.form import Form, ListedExperts
-from trainrt.parallel.moe.parallel import spread_experts
+from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.parallel import share_of, spread_experts
 from trainrt.parallel.planner.experts import experts_of
 from trainrt.parallel.planner.probe import Blueprint, small_model
 from trainrt.parallel.planner.sharding import Sharding
@@ -49,25 +50,28 @@ def compare_experts(blueprint: Blueprint, forms: Mapping[str, Form], mesh: Devic
 
     def divide(model: nn.Module) -> Divided:
         modules = experts_of(model, forms)
+        sizes = {name: next(model.get_submodule(name).parameters()).shape[0] for name in modules}
         spread_experts(model, modules, mesh, None)
 
         place = mesh.get_local_rank()
-
-        def part(whole: Tensor, expert: int | None, here: int) -> Tensor:
-            if expert is None:
-                return whole.chunk(mesh.size(), 0)[place]
-            return whole if expert // here == place else whole[:0]
-
-        parts = {}
+        parts: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, form in modules.items():
-            for leaf, _ in model.get_submodule(name).named_parameters():
-                expert, here = None, 0
+            module = model.get_submodule(name)
+            number = form.experts if form is not None else sizes[name]
+            layout = ExpertLayout(number, mesh.size())
+            for leaf, _ in module.named_parameters():
                 if isinstance(form, ListedExperts):
-                    expert, here = int(leaf.partition(".")[0]), form.experts // mesh.size()
-                parts[f"{name}.{leaf}"] = partial(part, expert=expert, here=here)
+                    mine = int(leaf.partition(".")[0]) // (number // mesh.size()) == place
+                    parts[f"{name}.{leaf}"] = partial(_all_or_nothing, mine)
+                else:
+                    parts[f"{name}.{leaf}"] = partial(share_of, module, leaf, layout=layout, rank=place)
         return Divided({}, parts, float(mesh.size()))
 
     return _compare(blueprint, divide, mesh)
+
+
+def _all_or_nothing(mine: bool, whole: Tensor) -> Tensor:
+    return whole if mine else whole[:0]
 
 
 def _compare(blueprint: Blueprint, divide: Callable[[nn.Module], Divided], mesh: DeviceMesh) -> Verdict:

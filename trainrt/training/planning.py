@@ -7,7 +7,6 @@ import math
 import struct
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +18,8 @@ from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.cost import PEAK_FLOPS, Device, Work
 from trainrt.parallel.mesh import choose_device
+from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.strategy import Strategy
 from trainrt.parallel.packing import packed_parts
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.activations import activations_of
@@ -91,13 +92,19 @@ def make_plan(
         found = activations_of(blueprint, model, sharding, compute_dtype(config), length)
         return None if found is None else found.bytes(recomputed=config.model.activation_checkpointing)
 
+    def derived(size: MeshSize) -> Plan:
+        plan = derive(model, size, blueprint, parts=parts)
+        for name, form in plan.experts.items():
+            own = ExpertLayout(next(model.get_submodule(name).parameters()).shape[0], size.ep) if form is None else None
+            Strategy.of(config.moe).check(own)
+        return plan
+
     if size is None:
-        made = partial(derive, model, blueprint=blueprint, parts=parts)
-        plan = choose(made, world_size, work, profile, activation_bytes)
+        plan = choose(derived, world_size, work, profile, activation_bytes)
     else:
         if size.world_size != world_size:
             size = shrink(size, world_size)
-        plan = assess(derive(model, size, blueprint, parts=parts), work, profile, activation_bytes)
+        plan = assess(derived(size), work, profile, activation_bytes)
     return replace(plan, recovery=forecast(config, plan).to_json())
 
 

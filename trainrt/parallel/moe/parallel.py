@@ -19,36 +19,57 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.moe.exchange import Exchange
-from trainrt.parallel.moe.experts import Experts
+from trainrt.parallel.moe.experts import Experts, Spread
 from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
+from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.listed import gather_list
+from trainrt.parallel.moe.strategy import Strategy
 from trainrt.parallel.shown import local_part, show
 
 
 def spread_experts(
-    model: nn.Module, modules: Mapping[str, Form | None], mesh: DeviceMesh, tp: dist.ProcessGroup | None
-) -> list[nn.Module]:
-    """Leave this rank its run of the experts of every module, as DTensors over `mesh` (ep). Returns the modules."""
+    model: nn.Module, modules: Mapping[str, Form | None], mesh: DeviceMesh, tp: dist.ProcessGroup | None,
+    strategy: Strategy = Strategy(), slices: dist.ProcessGroup | None = None,  # noqa: B008
+) -> list[nn.Module]:  # fmt: skip
+    """Leave this rank its part of the experts of every module, as DTensors over `mesh` (ep). Returns the modules.
+
+    slices: the ranks that gather slices of an expert under `strategy`, where there are several.
+    """
     spread = []
     for name, form in modules.items():
         if isinstance(form, ListedExperts):
             spread.append(gather_list(model, name, mesh, tp))
             continue
         module = model.get_submodule(name)
+        layout = ExpertLayout(form.experts if form else next(module.parameters()).shape[0], mesh.size())
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
-                share = parameter.detach().chunk(mesh.size(), 0)[mesh.get_local_rank()].clone()
-                cut = DTensor.from_local(share, mesh, [Shard(0)], run_check=False)
+                whole = parameter.detach()
+                shares = [share_of(module, leaf, whole, layout, rank) for rank in range(mesh.size())]
+                mine = shares[mesh.get_local_rank()].clone()
+                shape = torch.Size((sum(len(share) for share in shares), *mine.shape[1:]))
+                stride = torch.empty(shape, device="meta").stride()
+                cut = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
                 owner._parameters[leaf] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
                 if form is not None:
                     show(owner, leaf, local_part)
         if isinstance(module, Experts):
-            module.ep_group, module.tp_group = mesh.get_group(), tp
+            module.spread = Spread(layout, strategy, mesh.get_group(), slices, tp)
         elif form is not None:
             _tell_number(module, form.experts, form.experts // mesh.size())
-            module.forward = _exchanged(module, form, mesh.get_group(), tp)  # type: ignore[method-assign]
+            module.forward = _exchanged(module, form, layout, mesh.get_group(), tp)  # type: ignore[method-assign]
         spread.append(module)
     return spread
+
+
+def share_of(module: nn.Module, leaf: str, whole: Tensor, layout: ExpertLayout, rank: int) -> Tensor:
+    """What a rank holds of a weight of stacked or flattened experts (a view)."""
+    rows = len(whole) // layout.experts
+    share = whole.narrow(0, layout.first(rank) * rows, layout.here(rank) * rows)
+    if layout.slices == 1 or not isinstance(module, Experts):
+        return share
+    inner = module.INNER[leaf]
+    return share.chunk(layout.slices, inner)[layout.slice_of(rank)]
 
 
 def _tell_number(module: nn.Module, experts: int, here: int) -> None:
@@ -60,7 +81,7 @@ def _tell_number(module: nn.Module, experts: int, here: int) -> None:
 
 
 def _exchanged(
-    module: nn.Module, form: ExpertsForm, ep: dist.ProcessGroup, tp: dist.ProcessGroup | None
+    module: nn.Module, form: ExpertsForm, layout: ExpertLayout, ep: dist.ProcessGroup, tp: dist.ProcessGroup | None
 ) -> Callable[..., Tensor]:
     """The module's function of the same arguments, computed where the experts are, one choice of one row at a time."""
     compute = module.forward
@@ -74,9 +95,9 @@ def _exchanged(
             rows_ND, weight_NK = CopyToGroup.apply(rows_ND, tp), CopyToGroup.apply(weight_NK, tp)
         choice_M, expert_M = _own_choices(index_NK, tp)
         count_E = torch.bincount(expert_M, minlength=form.experts)
-        exchange = Exchange.plan(count_E, ep)
+        exchange = Exchange.plan(count_E, layout, ep)
         arrived_MD = exchange.there(rows_ND[choice_M // index_NK.shape[1]])
-        here = torch.tensor(exchange.local_counts, device=x.device)
+        here = torch.tensor(exchange.counts, device=x.device)
         local_M = torch.arange(len(here), device=x.device).repeat_interleave(here)
         ones_M1 = weight_NK.new_ones(len(arrived_MD), 1)
         # Not every model's code takes no rows at all.

@@ -18,11 +18,13 @@ from trainrt.config import MeshSize
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
+from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.plan import Cut, kind_of
 from trainrt.parallel.planner.listed import find_listed
 from trainrt.parallel.planner.probe import Blueprint, small_model, trace
 
 RULE = "expert-parallel: each rank holds a run of experts"
+SLICED_RULE = "expert-parallel: each rank holds a slice of an expert"
 LISTED_RULE = "expert-parallel: each rank holds some experts of the list, all gather them to compute"
 
 
@@ -99,25 +101,45 @@ def expert_cuts(
     for name, form in modules.items():
         module = model.get_submodule(name)
         number = form.experts if form is not None else next(module.parameters()).shape[0]
-        if number % size.ep:
+        if form is not None and number % size.ep:
             divisors = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
             raise PlanError(
                 f"parallel.ep = {size.ep} does not divide the {number} experts of {name}; allowed: {divisors}"
             )
+        layout = ExpertLayout(number, size.ep)
         for leaf, parameter in module.named_parameters():
             shape = tuple(parameter.shape)
             if isinstance(form, ListedExperts) and shape:
                 cuts[f"{name}.{leaf}"] = _of_the_list(leaf, shape, number, size), LISTED_RULE
                 continue
-            if len(shape) < 2 or shape[1] % size.efsdp:
+            own = _of_ours(leaf, shape, layout) if form is None else (Cut("ep", 0),)
+            inner = shape[1] // (layout.slices if any(cut.dim == 1 for cut in own) else 1) if len(shape) > 1 else 0
+            if not inner or inner % size.efsdp:
                 raise PlanError(
                     f"parallel.ep = {size.ep} leaves efsdp = {size.efsdp}, which does not divide dimension 1 "
                     f"of {name}.{leaf}, {shape}"
                 )
-            cuts[f"{name}.{leaf}"] = (Cut("ep", 0), Cut("efsdp", 1)), RULE
+            cuts[f"{name}.{leaf}"] = (*own, Cut("efsdp", 1)), SLICED_RULE if layout.slices > 1 else RULE
     if not cuts:
         raise PlanError(f"parallel.ep = {size.ep}: the model has no mixture-of-experts layers; allowed: 1")
     return cuts
+
+
+def _of_ours(leaf: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:
+    """A run of experts, or the slice of one."""
+    ranks = range(layout.ranks)
+    if layout.slices == 1:
+        runs = tuple(((layout.first(rank), layout.here(rank)),) for rank in ranks)
+        return (Cut("ep", 0, runs if layout.experts % layout.ranks else None),)
+    inner = Experts.INNER[leaf]
+    if shape[inner] % layout.slices:
+        raise PlanError(
+            f"parallel.ep = {layout.ranks} cuts each of {layout.experts} experts into {layout.slices} slices, which do not "
+            f"divide its inner width {shape[inner]}"
+        )
+    width = shape[inner] // layout.slices
+    whose = tuple(((layout.first(rank), 1),) for rank in ranks)
+    return Cut("ep", 0, whose), Cut("ep", inner, tuple(((layout.slice_of(rank) * width, width),) for rank in ranks))
 
 
 def _of_the_list(leaf: str, shape: tuple[int, ...], number: int, size: MeshSize) -> tuple[Cut, ...]:

@@ -26,8 +26,11 @@ from trainrt.events import ring
 from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
-from trainrt.parallel.mesh import Groups, coordinates
+from trainrt.parallel.mesh import Groups, coordinates, neighbours
+from trainrt.parallel.moe.experts import Experts
+from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.parallel import spread_experts
+from trainrt.parallel.moe.strategy import Strategy
 from trainrt.parallel.norm import ExactNorm, PlainNorm, SquaredNorm
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.sharded.model import shard_model
@@ -45,12 +48,24 @@ def parallelize(model: nn.Module, plan: Plan, groups: Groups, *, config: JobConf
     blocks = find_blocks(model)
     if groups.size.tp > 1:
         shard_model(model, plan.splits(), groups.dense["tp"], sequence=plan.sequence)
-    spread = spread_experts(model, plan.experts, groups.experts["ep"], groups.tp) if groups.experts is not None else []
+    strategy = Strategy.of(config.moe, recomputed=config.model.activation_checkpointing)
+    spread = _spread(model, plan, groups, strategy) if groups.experts is not None else []
     if config.model.activation_checkpointing:
         for block in blocks or ():
             checkpoint(block)
     apply_fsdp(model, blocks, groups, experts=spread, compute=compute_dtype(config), turn=turn)
     return model
+
+
+def _spread(model: nn.Module, plan: Plan, groups: Groups, strategy: Strategy) -> list[nn.Module]:
+    """Experts over ep, and the group in which slices of an expert are gathered under the strategy."""
+    assert groups.experts is not None
+    own = [module for module in model.modules() if isinstance(module, Experts)]
+    slices = None
+    if own and strategy.r:
+        layout = ExpertLayout(own[0].gate_proj.shape[0], plan.mesh.ep)
+        slices = neighbours(plan.mesh, groups.device, layout.slices // strategy.r)
+    return spread_experts(model, plan.experts, groups.experts["ep"], groups.tp, strategy, slices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,177 @@
+"""The Flex layer over its lattice: output and every gradient of a dense mixture in one process, whatever travels and how."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from trainrt.errors import PlanError
+from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.schedule import parts, run_chunks
+
+WIDTH, INNER = 6, 8
+DEGREES = (1, 2, 4)
+ROWS = {
+    "uneven": lambda rank, E: torch.randint(0, E, (11 + 3 * rank,), generator=torch.Generator().manual_seed(rank)),
+    "empty experts": lambda rank, E: torch.full((7,), E - 1),
+    "a rank without rows": lambda rank, E: torch.arange(9 if rank != 1 else 0) % E,
+    "no rows at all": lambda rank, E: torch.zeros(0, dtype=torch.int64),
+}
+
+
+def cases(ranks: int) -> list[tuple[int, Strategy, str]]:
+    """(experts, strategy, rows), all that are possible on so many ranks."""
+    found = []
+    for experts in (1, 2, 3, 4, 6, 8):
+        try:
+            choices = ExpertLayout(experts, ranks).choices
+        except PlanError:
+            continue
+        for r, degree, backward, rows in product(choices, DEGREES, DEGREES, ROWS):
+            if r or degree == backward == 1:
+                # Computed again or not, in turn.
+                again = len(found) % 2 == 1
+                found.append((experts, Strategy(r, degree, backward, recomputed=again), rows))
+    return found
+
+
+def gradients(experts: Any, x: torch.Tensor, count: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """Output, gradient of the rows, gradients of the weights as they are held; `weight` makes the loss."""
+    x = x.clone().requires_grad_()
+    y = experts(x, count)
+    (y * weight).sum().backward()
+    held = [p.grad if p.grad is not None else torch.zeros_like(p) for p in experts.parameters()]
+    return [y.detach(), x.grad, *(g.to_local() if hasattr(g, "to_local") else g for g in held)]
+
+
+def problem(experts: int, rows: str, ranks: int, dtype: torch.dtype) -> tuple[Any, list[Any], list[Any], list[Any]]:
+    """A dense mixture, and for every rank its rows sorted by expert, their counts, and the weights of its loss."""
+    from trainrt.parallel.moe.experts import Experts
+
+    torch.manual_seed(experts)
+    dense = Experts(experts=experts, hidden_size=WIDTH, intermediate_size=INNER).to(dtype)
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    chosen = [ROWS[rows](rank, experts).sort().values for rank in range(ranks)]
+    inputs = [torch.randn(len(c), WIDTH, dtype=dtype) for c in chosen]
+    weights = [torch.randn(len(c), WIDTH, dtype=dtype) for c in chosen]
+    return dense, inputs, [torch.bincount(c, minlength=experts) for c in chosen], weights
+
+
+def of_one_process(dense: Any, inputs: list[Any], counts: list[Any], weights: list[Any], rank: int) -> list[Any]:
+    """Output and gradient of this rank's rows, and the gradients of the weights, summed over all ranks' rows."""
+    own: list[torch.Tensor] = []
+    sums: list[torch.Tensor] = []
+    for other in range(len(inputs)):
+        dense.zero_grad()
+        found = gradients(dense, inputs[other], counts[other], weights[other])
+        own = found[:2] if other == rank else own
+        sums = [a + b for a, b in zip(sums, found[2:], strict=True)] if sums else found[2:]
+    return [*own, *sums]
+
+
+def lattice(rank: int, ranks: int, dtype: torch.dtype, spoil: str = "") -> tuple[int, float]:
+    """How many cases there were, and the largest relative error among them."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from trainrt.config import MeshSize
+    from trainrt.parallel.mesh import neighbours
+    from trainrt.parallel.moe import exchange, flex
+    from trainrt.parallel.moe.experts import Experts
+    from trainrt.parallel.moe.parallel import share_of, spread_experts
+
+    if spoil == "order":
+        flex._unsorted = lambda y, chunk: y
+    if spoil == "copies":
+        plan = exchange.Exchange.plan.__func__
+        exchange.Exchange.plan = classmethod(  # type: ignore[method-assign]
+            lambda cls, count, layout, group, r: plan(cls, count, layout, group, r=1)
+        )
+    mesh = init_device_mesh("cpu", (ranks,))
+    groups = {w: neighbours(MeshSize(fsdp=ranks, ep=ranks), torch.device("cpu"), w) for w in (1, 2, 4) if w <= ranks}
+    worst, number = 0.0, 0
+    known: dict[tuple[int, str], list[torch.Tensor]] = {}
+    for experts, strategy, rows in cases(ranks):
+        dense, inputs, counts, weights = problem(experts, rows, ranks, dtype)
+        if (experts, rows) not in known:
+            known[experts, rows] = of_one_process(dense, inputs, counts, weights, rank)
+        expected = list(known[experts, rows])
+        layout = ExpertLayout(experts, ranks)
+        expected[2:] = [
+            share_of(dense, leaf, g, layout, rank) for leaf, g in zip(Experts.INNER, expected[2:], strict=True)
+        ]
+        slices = groups[layout.slices // strategy.r] if strategy.r else None
+        holder = torch.nn.ModuleDict({"experts": dense})
+        dense.zero_grad()
+        spread_experts(holder, {"experts": None}, mesh, None, strategy, slices)
+        found = gradients(dense, inputs[rank], counts[rank], weights[rank])
+        for got, wanted in zip(found, expected, strict=True):
+            if wanted.numel():
+                scale = max(float(wanted.norm()), 1e-3)
+                worst = max(worst, float((got - wanted).norm()) / scale)
+        number += 1
+    dist.barrier()
+    return number, worst
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.campaign), 4])
+def test_every_strategy_is_the_dense_mixture_in_float64(ranks: int) -> None:
+    for number, worst in run_ranks(ranks, lattice, ranks, torch.float64):
+        assert number == len(cases(ranks)) > 100 and worst <= 1e-12, worst
+
+
+def test_and_in_float32() -> None:
+    for _, worst in run_ranks(2, lattice, 2, torch.float32):
+        assert worst <= 1e-6, worst
+
+
+@pytest.mark.parametrize("spoil", ["order", "copies"])
+def test_what_is_spoilt_is_noticed(spoil: str) -> None:
+    """Negative controls: rows that come back in the order of experts; rows that one group alone computes."""
+    assert any(worst > 1e-3 for _, worst in run_ranks(2, lattice, 2, torch.float64, spoil))
+
+
+def test_layouts_hold_every_expert_once() -> None:
+    for experts, ranks in [(8, 4), (6, 4), (4, 4), (2, 4), (1, 4), (2, 8)]:
+        layout = ExpertLayout(experts, ranks)
+        held = [(layout.first(p) + i, layout.slice_of(p)) for p in range(ranks) for i in range(layout.here(p))]
+        assert sorted(held) == sorted(product(range(experts), range(layout.slices)))
+    assert ExpertLayout(2, 8).choices == [0, 1, 2, 4]
+    with pytest.raises(PlanError, match="allowed: 1, 2, 3, 6"):
+        ExpertLayout(3, 8).choices  # noqa: B018
+    with pytest.raises(PlanError, match=r"moe\.r = 3 .*allowed: \"auto\", 0, 1, 2"):
+        Strategy(3).check(ExpertLayout(2, 4))
+
+
+class Late:
+    """Work that says when it is waited for."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait(self) -> str:
+        self.log.append(f"wait {self.name}")
+        return self.name
+
+
+def test_all_is_sent_before_anything_is_waited_for_and_all_that_comes_back_in_the_end() -> None:
+    log: list[str] = []
+
+    def stage(what: str, late: bool) -> Any:
+        def run(chunk: int, _: Any) -> Any:
+            log.append(f"{what} {chunk}")
+            return Late(log, f"{what} {chunk}") if late else f"{what} {chunk}"
+
+        return run
+
+    ended = run_chunks(reversed(range(2)), stage("there", True), stage("compute", False), stage("back", True))
+    assert ended == [(1, "back 1"), (0, "back 0")]
+    assert log == ["there 1", "there 0", "wait there 1", "compute 1", "back 1", "wait there 0", "compute 0", "back 0",
+                   "wait back 1", "wait back 0"]  # fmt: skip
+    assert parts(7, 3) == [(0, 2), (2, 4), (4, 7)] and parts(1, 4)[-1] == (0, 1)

@@ -1,0 +1,49 @@
+"""Which experts, or which slice of one, a rank of ep holds: one layout for every strategy, so that a switch moves nothing.
+
+Flex (Tutel, MLSys'23, section 3.1): W ranks, E experts. With E >= W a rank holds a run of experts, in numbers as even as can
+be. With E < W an expert is cut along its inner width into S = W / E slices, and rank p holds slice p mod S of expert p div S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainrt.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """E experts over W ranks. Raises PlanError where W > E is no multiple of E."""
+
+    experts: int
+    ranks: int
+
+    def __post_init__(self) -> None:
+        if self.ranks > self.experts and self.ranks % self.experts:
+            allowed = [n for n in range(1, self.ranks + 1) if n <= self.experts or n % self.experts == 0]
+            raise PlanError(
+                f"parallel.ep = {self.ranks} is more than the {self.experts} experts and no multiple of them; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
+
+    @property
+    def slices(self) -> int:
+        """S: into how many slices an expert is cut."""
+        return max(1, self.ranks // self.experts)
+
+    def first(self, rank: int) -> int:
+        """The first expert that a rank holds, whole or a slice of it."""
+        return rank // self.slices if self.slices > 1 else rank * self.experts // self.ranks
+
+    def here(self, rank: int) -> int:
+        """How many experts a rank holds."""
+        return 1 if self.slices > 1 else self.first(rank + 1) - self.first(rank)
+
+    def slice_of(self, rank: int) -> int:
+        """Which slice of its experts a rank holds."""
+        return rank % self.slices
+
+    @property
+    def choices(self) -> list[int]:
+        """The r that are possible: 0 gathers experts, r >= 1 sends each row to r groups of S / r ranks."""
+        return [0, *(r for r in range(1, self.slices + 1) if self.slices % r == 0)]
