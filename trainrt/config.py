@@ -375,9 +375,6 @@ def _not_built(config: JobConfig) -> Iterator[str]:
         yield f'moe.r = {moe.r}; allowed: "auto", 0, or a divisor of parallel.ep / moe.experts'
     if moe.all_to_all == "hierarchical":
         yield 'moe.all_to_all = "hierarchical" is not built yet; allowed: "auto", "linear"'
-    for key in ("zero_experts", "copy_experts", "constant_experts"):
-        if getattr(moe, key):
-            yield f"moe.{key} = {getattr(moe, key)} is not built yet; allowed: 0"
     if config.diagnostics.evict == "automatic":
         yield 'diagnostics.evict = "automatic" is not built yet; allowed: "advise"'
     if config.diagnostics.tracker == "tensorboard":
@@ -438,8 +435,10 @@ def _model_problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str
                 f"parallel.ep = {mesh.ep} is more than moe.experts = {config.moe.experts} and no multiple of it; "
                 f"allowed: at most {config.moe.experts}, or a multiple of it"
             )
-        if config.moe.top_k > config.moe.experts:
-            yield f"moe.top_k = {config.moe.top_k} is more than moe.experts = {config.moe.experts}"
+        moe = config.moe
+        every = moe.experts + moe.zero_experts + moe.copy_experts + moe.constant_experts
+        if moe.top_k > every:
+            yield f"moe.top_k = {moe.top_k} is more than the {every} experts (moe.experts = {moe.experts})"
         if config.data.sequence_length > sizes.max_position:
             yield (
                 f"data.sequence_length = {config.data.sequence_length} is more than "

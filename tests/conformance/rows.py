@@ -43,6 +43,7 @@ MIXTURE = {
                    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     }
 }  # fmt: skip
+PLUS = {"experts": 4, "zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "capacity_factor": 1.1}
 LISTED = {"run": {"pipeline": "tests.models.listed:pipeline"}, **FP64}
 ROWS = [
     Row("fsdp 4", {"fsdp": 4}, {"tp": 2, "fsdp": 2}, sections=FP64, long=True),
@@ -67,6 +68,9 @@ ROWS = [
     Row("ep 4, 6 experts, r 0", {"fsdp": 4, "ep": 4}, {"tp": 2}, sections=FP64 | {"moe": {"experts": 6, "r": 0}}, long=True),
     Row("ep 2, 2 and 4 chunks, activation checkpointing", {"fsdp": 4, "ep": 2}, {"fsdp": 2},
         sections=RECOMPUTE | {"moe": {"degree": 2, "backward_degree": 4}}),
+    Row("MoE++, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"tp": 2}, sections=FP64 | {"moe": PLUS}),
+    Row("MoE++, tp 2 x ep 2, 2 chunks", {"tp": 2, "ep": 2}, {"fsdp": 3}, long=True,
+        sections=FP64 | {"moe": {**PLUS, "degree": 2}}),
     Row("tp 4, fewer key heads", {"tp": 4}, {"fsdp": 2}, sections=FP64),
     Row("llama fsdp 4", {"fsdp": 4}, {"tp": 2}, kind="huggingface", sections=FP64, long=True),
     Row("llama tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"fsdp": 3}, kind="huggingface", sections=FP64, long=True),

@@ -9,15 +9,17 @@ import torch
 from torch.nn import functional as F
 
 from tests.ranks import run_ranks
+from trainrt.config import MoeConfig
 from trainrt.parallel.moe.layer import MoeLayer
 from trainrt.parallel.moe.router import capacity
 
-SIZES: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 12, "experts": 4, "top_k": 2}
+SIZES: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 12}
+EXPERTS, TOP_K = 4, 2
 
 
 def layer(factor: float = 0.0) -> MoeLayer:
     torch.manual_seed(0)
-    made = MoeLayer(**SIZES, capacity_factor=factor).double()
+    made = MoeLayer(MoeConfig(experts=EXPERTS, top_k=TOP_K, capacity_factor=factor), **SIZES).double()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return made
@@ -25,11 +27,11 @@ def layer(factor: float = 0.0) -> MoeLayer:
 
 def by_definition(made: MoeLayer, x_TD: torch.Tensor, limit: int | None) -> torch.Tensor:
     """Each token in turn; an expert takes the first `limit` that choose it."""
-    taken = [0] * SIZES["experts"]
+    taken = [0] * EXPERTS
     probability_TE = F.linear(x_TD, made.router.weight).softmax(-1)
     out = torch.zeros_like(x_TD)
     for token, x in enumerate(x_TD):
-        weights, chosen = probability_TE[token].topk(SIZES["top_k"])
+        weights, chosen = probability_TE[token].topk(TOP_K)
         for weight, expert in zip(weights / weights.sum(), chosen.tolist(), strict=True):
             if limit is not None and taken[expert] >= limit:
                 continue
@@ -44,7 +46,7 @@ def by_definition(made: MoeLayer, x_TD: torch.Tensor, limit: int | None) -> torc
 def test_output_and_gradients_are_those_of_the_definition(factor: float, limit: int | None) -> None:
     made, x = layer(factor), torch.randn(2, 10, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert capacity(factor, tokens=20, top_k=2, experts=4) == limit
-    y, balance, z = made(x)
+    y, balance, z, _ = made(x)
     expected = by_definition(made, x.flatten(0, 1), limit).view_as(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(y.square().sum(), list(made.parameters()), retain_graph=True)
@@ -74,21 +76,21 @@ def test_an_even_router_has_a_balance_loss_of_one_per_choice_and_a_skewed_one_mo
 
 def exchanged(rank: int, skew: bool) -> Any:
     """Two ranks, two experts each; with `skew` every token goes to expert 0, so rank 1 gets none."""
-    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from trainrt.parallel.moe.experts import local
+    from trainrt.parallel.moe.parallel import spread_experts
 
     made = layer()
     if skew:
         with torch.no_grad():
             made.router.weight[0] += 50.0
             made.router.weight[1] += 40.0
-    whole = {name: parameter.detach().clone() for name, parameter in made.experts.named_parameters()}
-    for name, value in whole.items():
-        setattr(made.experts, name, torch.nn.Parameter(value[2 * rank : 2 * rank + 2].clone()))
-    made.experts.ep_group = dist.group.WORLD
+    spread_experts(made, {"experts": None}, init_device_mesh("cpu", (2,)), None)
     x = torch.randn(2, 5 + 3 * rank, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)).abs()
     y = made(x)[0]
     y.square().sum().backward()
-    return y.detach().numpy(), [parameter.grad.numpy() for parameter in made.experts.parameters()]
+    return y.detach().numpy(), [local(parameter.grad).numpy() for parameter in made.experts.parameters()]
 
 
 @pytest.mark.parametrize("skew", [False, True])

@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Returns its output and the router's losses (zeros where it has no router)."""
+    """One layer. Returns its output, the router's losses (zeros where it has no router) and scores (those from before)."""
 
     def __init__(self, config: MoeLmConfig, moe: MoeConfig | None) -> None:
         super().__init__()
@@ -100,23 +100,17 @@ class Block(nn.Module):
         if moe is None:
             self.mlp = FeedForward(config)
         else:
-            self.mlp = MoeLayer(
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                experts=moe.experts,
-                top_k=moe.top_k,
-                capacity_factor=moe.capacity_factor,
-            )
+            self.mlp = MoeLayer(moe, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BSD: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         x_BSD = x_BSD + self.self_attn(self.attention_norm(x_BSD))
         normed_BSD = self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MoeLayer):
-            y_BSD, balance, z = self.mlp(normed_BSD)
+            y_BSD, balance, z, before = self.mlp(normed_BSD, before)
         else:
             y_BSD = self.mlp(normed_BSD)
             balance = z = torch.zeros((), device=x_BSD.device)
-        return x_BSD + y_BSD, balance, z
+        return x_BSD + y_BSD, balance, z, before
 
 
 class MoeLm(nn.Module):
@@ -129,6 +123,7 @@ class MoeLm(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, moe if (index + 1) % moe.every == 0 else None) for index in range(config.layers)
         )
+        self.residual = moe.zero_experts + moe.copy_experts + moe.constant_experts > 0
         self.norm = RmsNorm(config.hidden_size, config.norm_epsilon)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -137,8 +132,9 @@ class MoeLm(nn.Module):
     def forward(self, input_ids: Tensor) -> LmOutput:
         x_BSD = self.embed_tokens(input_ids)
         balances, zs = [], []
+        scores: Tensor | None = None
         for block in self.layers:
-            x_BSD, balance, z = block(x_BSD)
+            x_BSD, balance, z, scores = block(x_BSD, scores if self.residual else None)
             balances.append(balance)
             zs.append(z)
         zero = torch.zeros((), device=x_BSD.device)
