@@ -34,9 +34,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "- kill and restore: a real launch, a worker killed with SIGKILL, the final state equal bit for bit", "",
         "| form | ranks | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|",
     ]  # fmt: skip
+    before = _written()
     for row in ROWS:
         other = " x ".join(f"{axis} {n}" for axis, n in row.other.items()) or "one rank"
-        cells = [CELLS.get((row.name, column), "-") for column in COLUMNS]
+        cells = [CELLS.get((row.name, column)) or before.get((row.name, column), "-") for column in COLUMNS]
         cells[2] += f" ({other})"
         lines.append(f"| {row.name} | {row.ranks} | " + " | ".join(cells) + " |")
     DOCUMENT.write_text("\n".join(lines) + "\n")
+
+
+def _written() -> dict[tuple[str, str], str]:
+    """The cells that stand there: those of rows that are not part of this run stay."""
+    found = {}
+    for line in DOCUMENT.read_text().splitlines():
+        name, _, *cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else ["", ""]
+        for column, cell in zip(COLUMNS, cells, strict=False):
+            found[name, column] = cell.partition(" ")[0]
+    return found

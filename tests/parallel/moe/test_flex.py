@@ -16,6 +16,7 @@ from trainrt.parallel.schedule import parts, run_chunks
 
 WIDTH, INNER = 6, 8
 DEGREES = (1, 2, 4)
+EXPERTS, FEW = (1, 2, 3, 4, 6, 8), (1, 6)
 ROWS = {
     "uneven": lambda rank, E: torch.randint(0, E, (11 + 3 * rank,), generator=torch.Generator().manual_seed(rank)),
     "empty experts": lambda rank, E: torch.full((7,), E - 1),
@@ -24,10 +25,10 @@ ROWS = {
 }
 
 
-def cases(ranks: int) -> list[tuple[int, Strategy, str]]:
+def cases(ranks: int, numbers: tuple[int, ...] = EXPERTS) -> list[tuple[int, Strategy, str]]:
     """(experts, strategy, rows), all that are possible on so many ranks."""
     found = []
-    for experts in (1, 2, 3, 4, 6, 8):
+    for experts in numbers:
         try:
             choices = ExpertLayout(experts, ranks).choices
         except PlanError:
@@ -75,7 +76,9 @@ def of_one_process(dense: Any, inputs: list[Any], counts: list[Any], weights: li
     return [*own, *sums]
 
 
-def lattice(rank: int, ranks: int, dtype: torch.dtype, spoil: str = "") -> tuple[int, float]:
+def lattice(
+    rank: int, ranks: int, dtype: torch.dtype, numbers: tuple[int, ...] = EXPERTS, spoil: str = ""
+) -> tuple[int, float]:
     """How many cases there were, and the largest relative error among them."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -97,7 +100,7 @@ def lattice(rank: int, ranks: int, dtype: torch.dtype, spoil: str = "") -> tuple
     groups = {w: neighbours(MeshSize(fsdp=ranks, ep=ranks), torch.device("cpu"), w) for w in (1, 2, 4) if w <= ranks}
     worst, number = 0.0, 0
     known: dict[tuple[int, str], list[torch.Tensor]] = {}
-    for experts, strategy, rows in cases(ranks):
+    for experts, strategy, rows in cases(ranks, numbers):
         dense, inputs, counts, weights = problem(experts, rows, ranks, dtype)
         if (experts, rows) not in known:
             known[experts, rows] = of_one_process(dense, inputs, counts, weights, rank)
@@ -120,21 +123,24 @@ def lattice(rank: int, ranks: int, dtype: torch.dtype, spoil: str = "") -> tuple
     return number, worst
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.campaign), 4])
-def test_every_strategy_is_the_dense_mixture_in_float64(ranks: int) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_strategy_is_the_dense_mixture(ranks: int) -> None:
     for number, worst in run_ranks(ranks, lattice, ranks, torch.float64):
         assert number == len(cases(ranks)) > 100 and worst <= 1e-12, worst
 
 
-def test_and_in_float32() -> None:
-    for _, worst in run_ranks(2, lattice, 2, torch.float32):
-        assert worst <= 1e-6, worst
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_slices_and_uneven_runs_are_the_dense_mixture(dtype: torch.dtype, limit: float) -> None:
+    """The short form: one expert in four slices, and six experts on four ranks."""
+    for number, worst in run_ranks(4, lattice, 4, dtype, FEW):
+        assert number > 100 and worst <= limit, worst
 
 
 @pytest.mark.parametrize("spoil", ["order", "copies"])
 def test_what_is_spoilt_is_noticed(spoil: str) -> None:
     """Negative controls: rows that come back in the order of experts; rows that one group alone computes."""
-    assert any(worst > 1e-3 for _, worst in run_ranks(2, lattice, 2, torch.float64, spoil))
+    assert any(worst > 1e-3 for _, worst in run_ranks(2, lattice, 2, torch.float64, (1,), spoil))
 
 
 def test_layouts_hold_every_expert_once() -> None:

@@ -65,7 +65,7 @@ def compared(rank: int, ranks: int, spoil: bool) -> Verdict:
     return compare_experts(blueprint(), find_experts(blueprint()), init_device_mesh("cpu", (ranks,)))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.campaign), 4])
 def test_it_is_the_single_process(ranks: int) -> None:
     verdict = run_ranks(ranks, compared, ranks, False)[0]
     assert verdict.right and verdict.gradient_error < 1e-12, verdict

@@ -23,13 +23,13 @@ from trainrt.parallel.moe.experts import Experts, Spread
 from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.listed import gather_list
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.moe.strategy import PLAIN, Strategy
 from trainrt.parallel.shown import local_part, show
 
 
 def spread_experts(
     model: nn.Module, modules: Mapping[str, Form | None], mesh: DeviceMesh, tp: dist.ProcessGroup | None,
-    strategy: Strategy = Strategy(), slices: dist.ProcessGroup | None = None,  # noqa: B008
+    strategy: Strategy = PLAIN, slices: dist.ProcessGroup | None = None,
 ) -> list[nn.Module]:  # fmt: skip
     """Leave this rank its part of the experts of every module, as DTensors over `mesh` (ep). Returns the modules.
 

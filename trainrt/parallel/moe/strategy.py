@@ -36,7 +36,7 @@ class Strategy:
     def check(self, layout: ExpertLayout | None) -> None:
         """Raises PlanError where experts so laid out cannot be computed so; None: they are not ours."""
         if layout is None:
-            if self != Strategy():
+            if self != PLAIN:
                 raise PlanError(
                     f"moe.r = {self.r}, moe.degree = {self.degree}, moe.backward_degree = {self.backward_degree}: "
                     f'for experts of a model that is not moe_lm allowed are "auto" and 1'
@@ -46,3 +46,7 @@ class Strategy:
                 f"moe.r = {self.r} with {layout.experts} experts over parallel.ep = {layout.ranks}; "
                 f'allowed: "auto", {", ".join(map(str, layout.choices))}'
             )
+
+
+PLAIN = Strategy()
+"""One exchange in one piece."""
