@@ -74,6 +74,19 @@ def test_a_directory_of_another_job_is_refused_unless_forced(tmp_path: Path) -> 
     assert load(first.run_dir.config).run.steps == 500
 
 
+def test_a_job_that_was_refused_before_its_first_step_may_be_put_right(tmp_path: Path) -> None:
+    first = prepare(write_job(tmp_path / "job.toml"), run_dir=tmp_path / "run")
+    first.run_dir.create()
+    write_config(first)
+    status = {"run_id": "a", "state": "failed", "step": 0, "steps": 9, "incarnation": 0, "time": 0.0}
+    other = prepare(write_job(tmp_path / "other.toml", run={"seed": 7}), run_dir=tmp_path / "run")
+    write_json(first.run_dir.status, status)
+    assert look_back(other) is not None
+    write_json(first.run_dir.status, status | {"step": 3})
+    with pytest.raises(RunDirError, match=r"run\.seed"):
+        look_back(other)
+
+
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     request = prepare(write_job(tmp_path / "job.toml"), run_dir=tmp_path / "run")
     request.run_dir.create()

@@ -154,7 +154,10 @@ def look_back(request: Request) -> Previous | None:
     status = run_dir.read_status()
     if status is None:
         return None
-    if run_dir.config.exists() and not request.force:
+    measured = max((line["step"] for line in run_dir.read_metrics()), default=0)
+    # A job that was refused before its first step may be put right: nothing was learned.
+    refused = status["state"] == "failed" and status["step"] == measured == 0
+    if run_dir.config.exists() and not request.force and not refused:
         differences = learned_differences(load(run_dir.config), request.config)
         if differences:
             raise RunDirError(
@@ -166,7 +169,6 @@ def look_back(request: Request) -> Previous | None:
                     ]
                 )
             )
-    measured = max((line["step"] for line in run_dir.read_metrics()), default=0)
     return Previous(
         run_id=status["run_id"], state=status["state"], step=max(status["step"], measured),
         incarnation=status["incarnation"], time=status["time"], record=Record.load(Folder(run_dir)),

@@ -53,13 +53,14 @@ def preflight(config: JobConfig, *, world_size: int) -> Preflight:
     """Plan the job and check model, weights and corpus against the config. Raises UserErrors only."""
     pipeline = load_pipeline(config)
     model = meta_model(config, pipeline)
-    plan = verified(config, make_plan(config, world_size=world_size, model=model))
+    plan = make_plan(config, world_size=world_size, model=model)
     check_weights(config, plan)
     if pipeline.samples is not None:
-        return Preflight(plan, None, None)
+        return Preflight(verified(config, plan), None, None)
     corpus = open_corpus(config.data)
     check_vocabulary(config, corpus, model)
-    return Preflight(plan, corpus.digest, corpus.unigram_entropy)
+    # Last, since it takes longest.
+    return Preflight(verified(config, plan), corpus.digest, corpus.unigram_entropy)
 
 
 def meta_model(config: JobConfig, pipeline: Pipeline) -> nn.Module:
