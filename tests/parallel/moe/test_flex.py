@@ -140,7 +140,7 @@ def test_slices_and_uneven_runs_are_the_dense_mixture(dtype: torch.dtype, limit:
 @pytest.mark.parametrize("spoil", ["order", "copies"])
 def test_what_is_spoilt_is_noticed(spoil: str) -> None:
     """Negative controls: rows that come back in the order of experts; rows that one group alone computes."""
-    assert any(worst > 1e-3 for _, worst in run_ranks(2, lattice, 2, torch.float64, (1,), spoil))
+    assert any(worst > 1e-3 for _, worst in run_ranks(2, lattice, 2, torch.float64, FEW, spoil))
 
 
 def test_layouts_hold_every_expert_once() -> None:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,9 +67,10 @@ def trace(blueprint: Blueprint) -> Tape:
     The last one is kept: a search asks for the plans of many meshes.
     """
     failure: Exception | None = None
-    short, changed = _short(blueprint)
-    for whole in (False, True) if changed else (False,):
-        model = blueprint.make().eval() if whole else deepcopy(short)
+    for shorten in (True, False):
+        model = blueprint.make().eval()
+        if shorten and not shortened(model):
+            continue
         materialize(model, random_elements=RANDOM_ELEMENTS)
         try:
             return record(model, lambda model=model: blueprint.loss(model))  # type: ignore[misc]
@@ -83,16 +83,10 @@ def small_model(
     blueprint: Blueprint, *, dtype: torch.dtype = torch.float32, random_elements: float = float("inf")
 ) -> nn.Module:
     """The shortened model with random weights, the same every time, and zeros in those above `random_elements`."""
-    model = deepcopy(_short(blueprint)[0])
+    model = blueprint.make().eval()
+    shortened(model)
     materialize(model, dtype=dtype, random_elements=random_elements)
     return model
-
-
-@lru_cache(maxsize=1)
-def _short(blueprint: Blueprint) -> tuple[nn.Module, bool]:
-    """The shortened model, to be copied, and whether any layer went: making the whole one takes a while."""
-    model = blueprint.make().eval()
-    return model, shortened(model)
 
 
 def shortened(model: nn.Module) -> bool:
