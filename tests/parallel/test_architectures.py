@@ -22,6 +22,9 @@ from trainrt.parallel.sharded.owners import Owners, Split
 from trainrt.parallel.sharded.tensor import Axis
 from trainrt.parallel.verify import Verdict
 
+WHOLE = {("vit", 4): 0.14}
+"""What is not cut, where it is more than a tenth: the small model's patches and positions, which the residual reads whole."""
+
 SHORT = ["qwen3", "falcon_mqa", "t5", "deepseek_v2", "gpt_oss", "mamba"]
 MIXTURES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx"]
 
@@ -76,7 +79,7 @@ def cases(names: list[str], short: list[str]) -> list[Any]:
 def test_tensor_parallelism_is_the_single_process(family: str, ranks: int) -> None:
     verdict = run_ranks(ranks, split, family, ranks)[0]
     assert verdict.right, verdict
-    assert verdict.held <= 1 / ranks + 0.1
+    assert verdict.held <= 1 / ranks + WHOLE.get((family, ranks), 0.1)
 
 
 @pytest.mark.parametrize("family", cases(MIXTURES, ["mixtral", "dbrx"]))
