@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from trainrt.config import MeshSize
+from trainrt.parallel.mesh import neighbours
 from trainrt.parallel.moe.experts import local
 from trainrt.parallel.moe.form import Form, ListedExperts
 from trainrt.parallel.moe.layout import ExpertLayout
@@ -51,7 +53,10 @@ def compare_experts(blueprint: Blueprint, forms: Mapping[str, Form], mesh: Devic
     def divide(model: nn.Module) -> Divided:
         modules = experts_of(model, forms)
         sizes = {name: next(model.get_submodule(name).parameters()).shape[0] for name in modules}
-        spread_experts(model, modules, mesh, None)
+        own = [ExpertLayout(sizes[name], mesh.size()) for name, form in modules.items() if form is None]
+        world = MeshSize(fsdp=mesh.size(), ep=mesh.size())
+        slices = neighbours(world, torch.device(mesh.device_type), own[0].slices) if own else None
+        spread_experts(model, modules, mesh, None, slices=slices)
 
         place = mesh.get_local_rank()
         parts: dict[str, Callable[[Tensor], Tensor]] = {}

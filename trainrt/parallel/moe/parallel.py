@@ -54,6 +54,9 @@ def spread_experts(
                 if form is not None:
                     show(owner, leaf, local_part)
         if isinstance(module, Experts):
+            width = layout.slices // strategy.r if strategy.r else 1
+            if (slices.size() if slices is not None else 1) != width:
+                raise ValueError(f"{layout.slices} slices, r = {strategy.r}: slices are gathered by {width} ranks")
             module.spread = Spread(layout, strategy, mesh.get_group(), slices, tp)
         elif form is not None:
             _tell_number(module, form.experts, form.experts // mesh.size())
