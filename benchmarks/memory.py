@@ -12,7 +12,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from tests.jobs import engine, job, leaves
+from tests.jobs import engine, job, leaves, train
 from tests.ranks import run_ranks
 from trainrt.training.planning import make_plan
 
@@ -51,8 +51,6 @@ def rank_main(rank: int, config: Any) -> int:
     import ctypes
 
     import torch
-
-    from tests.jobs import train
 
     libc = ctypes.CDLL("libc.so.6")
     # Blocks from 64 KiB up go back to the system when they are freed: what is resident is what is held.

@@ -109,6 +109,8 @@ class DeepSpeed(Arm):
     def __init__(self, make: Make, loss: Loss, mesh: DeviceMesh, *, samples: int, preset: str | None) -> None:
         import deepspeed
 
+        # Nothing is to be compiled (see tests/checkpoint/frameworks.py).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         model = make()
         named = {} if preset is None else {"preset_model": preset}
         config = {

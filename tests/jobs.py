@@ -42,9 +42,11 @@ def engine(config: JobConfig, rank: int) -> Any:
     from trainrt.training.engines.native import NativeEngine
     from trainrt.training.models.build import whole_model
     from trainrt.training.pipeline import load_pipeline, loss_function
-    from trainrt.training.planning import make_plan
+    from trainrt.training.planning import place
 
-    plan = make_plan(config, world_size=config.world_size)
+    mesh = config.mesh()
+    assert mesh is not None
+    plan = place(config, mesh)
     groups = make_groups(plan.mesh, torch.device("cpu"))
     pipeline = load_pipeline(config)
     model = whole_model(config, pipeline.model, fresh=True)

@@ -15,7 +15,7 @@ from trainrt.checkpoint.together import open_together
 from trainrt.checkpoint.universal import WritePlan, write
 from trainrt.config import JobConfig
 from trainrt.parallel.layout import Key, Layout
-from trainrt.training.planning import make_plan
+from trainrt.training.planning import place
 
 
 def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, first: int, target: str) -> Any:
@@ -54,7 +54,9 @@ class Trained:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Planned once here: the ranks find it in the cache.
-        make_plan(config, world_size=config.world_size)
+        mesh = config.mesh()
+        assert mesh is not None
+        place(config, mesh)
         results = run_ranks(
             config.world_size, _rank_main, config, str(start) if start else None, steps, first, str(folder), timeout=180
         )

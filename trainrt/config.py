@@ -353,6 +353,7 @@ def _problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str]:
     yield from _not_built(config)
     yield from _data_problems(config)
     yield from _recovery_problems(config)
+    yield from _strategy_problems(config.moe)
     yield from _mesh_problems(config)
     yield from _model_problems(config, document)
 
@@ -367,12 +368,6 @@ def _not_built(config: JobConfig) -> Iterator[str]:
             yield f"parallel.cp = {parallel.cp}: context parallelism is not built yet; allowed: 1"
     if config.engine.kind == "deepspeed":
         yield 'engine.kind = "deepspeed" is not built yet; allowed: "native"'
-    for key in ("degree", "backward_degree"):
-        value = getattr(moe, key)
-        if value != "auto" and value < 1:
-            yield f'moe.{key} = {value}; allowed: "auto" or a whole number from 1'
-    if moe.r != "auto" and moe.r < 0:
-        yield f'moe.r = {moe.r}; allowed: "auto", 0, or a divisor of parallel.ep / moe.experts'
     if moe.all_to_all == "hierarchical":
         yield 'moe.all_to_all = "hierarchical" is not built yet; allowed: "auto", "linear"'
     if config.diagnostics.evict == "automatic":
@@ -406,6 +401,15 @@ def _recovery_problems(config: JobConfig) -> Iterator[str]:
         yield f'snapshot.data_shards = {data_shards}; allowed: "auto" or a whole number from 1'
     if hours != "auto" and hours <= 0:
         yield f'cluster.node_mtbf_hours = {hours:g}; allowed: "auto" or a number above 0'
+
+
+def _strategy_problems(moe: MoeConfig) -> Iterator[str]:
+    for key in ("degree", "backward_degree"):
+        value = getattr(moe, key)
+        if value != "auto" and value < 1:
+            yield f'moe.{key} = {value}; allowed: "auto" or a whole number from 1'
+    if moe.r != "auto" and moe.r < 0:
+        yield f'moe.r = {moe.r}; allowed: "auto", 0, or a divisor of parallel.ep / moe.experts'
 
 
 def _mesh_problems(config: JobConfig) -> Iterator[str]:

@@ -95,6 +95,9 @@ def deepspeed_rank(rank: int, port: int, folder: Path, options: dict[str, Any]) 
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     torch.set_num_threads(1)
+    # Compiled at first use into a folder that all processes of a user share: one that is killed there leaves a lock behind,
+    # for which every later one waits without end. It serves inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if options.get("float16_allowed"):
         # DeepSpeed takes a CPU without instructions for float16 for one that cannot do it; torch computes it all the same.
         deepspeed.get_accelerator().is_fp16_supported = lambda: True

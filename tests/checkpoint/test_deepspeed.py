@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cases import cases
 from tests.checkpoint.conftest import Covers, Made
 from trainrt.checkpoint.convert import convert
 from trainrt.checkpoint.formats import deepspeed, open_any
@@ -37,12 +38,8 @@ LONG: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [*SHORT, *LONG])
-def test_masters_and_moments_are_those_of_deepspeed(
-    case: str, made: Made, request: pytest.FixtureRequest, covers: Covers
-) -> None:
-    if case in LONG and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.parametrize("case", cases([*SHORT, *LONG], SHORT))
+def test_masters_and_moments_are_those_of_deepspeed(case: str, made: Made, covers: Covers) -> None:
     options = {**SHORT, **LONG}[case]
     covers("deepspeed", "read, bit for bit", case)
     path, expected = made("deepspeed", **options)
@@ -83,12 +80,10 @@ def ds_to_universal(checkpoint: Path, made: Path, *, inject: bool) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("case", ["zero 3, bfloat16, groups", "zero 1", "zero 1, frozen"])
-def test_deepspeeds_universal_checkpoint_holds_the_same(
-    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if case != "zero 3, bfloat16, groups" and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.parametrize(
+    "case", cases(["zero 3, bfloat16, groups", "zero 1", "zero 1, frozen"], ["zero 3, bfloat16, groups"])
+)
+def test_deepspeeds_universal_checkpoint_holds_the_same(case: str, made: Made, tmp_path: Path) -> None:
     path, _ = made("deepspeed", **{**SHORT, **LONG}[case])
     ds_to_universal(path / "global_step3", tmp_path / "universal", inject="zero 1" in case)
     theirs, ours = open_any(tmp_path / "universal"), open_any(path)
@@ -107,12 +102,8 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("case", WRITTEN)
-def test_deepspeeds_converter_takes_what_we_wrote(
-    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest, covers: Covers
-) -> None:
-    if case != "zero 1, 3 ranks" and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.parametrize("case", cases(WRITTEN, ["zero 1, 3 ranks"]))
+def test_deepspeeds_converter_takes_what_we_wrote(case: str, made: Made, tmp_path: Path, covers: Covers) -> None:
     covers("deepspeed", "written, taken by ds_to_universal", case)
     origin, shape = WRITTEN[case]
     checkpoint, _ = made("deepspeed", **{**SHORT, **LONG}[origin])

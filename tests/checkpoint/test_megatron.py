@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cases import cases
 from tests.checkpoint.conftest import Covers, Made
 from tests.checkpoint.megatron import PROMPT, STEPS
 from trainrt.checkpoint.convert import convert
@@ -67,12 +69,8 @@ def make(made: Made, form: str, options: Options) -> tuple[Path, dict[str, np.nd
     return made("megatron", format=form, **options)
 
 
-@pytest.mark.parametrize("case", [*STATES, *LONG])
-def test_weights_masters_and_moments_are_those_that_were_put_in(
-    case: str, made: Made, request: pytest.FixtureRequest, covers: Covers
-) -> None:
-    if case in LONG and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.parametrize("case", cases([*STATES, *LONG], STATES))
+def test_weights_masters_and_moments_are_those_that_were_put_in(case: str, made: Made, covers: Covers) -> None:
     form, options = {**STATES, **LONG}[case]
     covers("megatron" if form == CLASSIC else "megatron-dist", "read, bit for bit", case)
     path, expected = make(made, form, options)
@@ -125,13 +123,11 @@ MODELS: dict[str, Options] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", [CLASSIC, DIST])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", cases(product(MODELS, [CLASSIC, DIST]), [("tied", CLASSIC)]), ids="-".join)
 def test_the_model_that_hugging_face_loads_says_what_megatrons_does(
-    model: str, form: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest
+    case: tuple[str, str], made: Made, tmp_path: Path
 ) -> None:
-    if (model, form) != ("tied", CLASSIC) and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+    model, form = case
     path, expected = make(made, form, {**WHOLE, "model": MODELS[model]})
     document = convert(path, tmp_path / "hf", to="hf")
     assert [text.partition(":")[0] for text in document["lost"]] == ["rng_state", "exp_avg", "exp_avg_sq"]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cases import cases
 from tests.checkpoint import frameworks
 from tests.checkpoint.conftest import Covers, Made
 from tests.checkpoint.frameworks import llama
@@ -42,12 +43,8 @@ LOADED: dict[str, tuple[str, Shape, Options]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LOADED)
-def test_megatron_loads_what_was_written_on_another_mesh(
-    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest, covers: Covers
-) -> None:
-    if case not in ("dist, tp 2", "classic, one rank") and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.parametrize("case", cases(LOADED, ["dist, tp 2", "classic, one rank"]))
+def test_megatron_loads_what_was_written_on_another_mesh(case: str, made: Made, tmp_path: Path, covers: Covers) -> None:
     form, shape, mesh = LOADED[case]
     path, _ = make(made, DIST, {**UNEVEN, **{key: mesh[key] for key in ("dtype", "model") if key in mesh}})
     convert(path, tmp_path / "universal", to="universal")
@@ -87,12 +84,8 @@ CONTINUED: dict[str, tuple[str, Options, str, Shape]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CONTINUED)
-def test_megatron_goes_on_as_if_it_had_never_stopped(
-    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest, covers: Covers
-) -> None:
-    if case != "classic, tp 2, bfloat16" and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.parametrize("case", cases(CONTINUED, ["classic, tp 2, bfloat16"]))
+def test_megatron_goes_on_as_if_it_had_never_stopped(case: str, made: Made, tmp_path: Path, covers: Covers) -> None:
     form, options, target, shape = CONTINUED[case]
     to = "megatron" if target == CLASSIC else "megatron-dist"
     covers(to, "written, loaded by megatron-core, same losses", case)
@@ -149,12 +142,10 @@ def forget(states: dict[int, Any]) -> None:
     states[1]["step"].zero_()
 
 
-@pytest.mark.parametrize("change", [perturb, exchange, forget])
+@pytest.mark.parametrize("change", cases([perturb, exchange, forget], [perturb]))
 def test_losses_show_an_optimizer_that_is_not_the_same(
-    change: Callable[[dict[int, Any]], None], made: Made, tmp_path: Path, request: pytest.FixtureRequest
+    change: Callable[[dict[int, Any]], None], made: Made, tmp_path: Path
 ) -> None:
-    if change is not perturb and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
     losses, there = go_on(
         made, tmp_path, CLASSIC, {**BF16, **ON_TWO}, "megatron", Shape(tp=2),
         change=lambda path: edit(path, lambda state: change(state["optimizer"]["optimizer"]["state"])),

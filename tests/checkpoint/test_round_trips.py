@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.cases import cases
 from tests.checkpoint.conftest import Covers
 from tests.checkpoint.frameworks import llama
 from trainrt.checkpoint.convert import convert
@@ -90,12 +91,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_what_a_format_holds_comes_back(
-    model: str, tmp_path: Path, request: pytest.FixtureRequest, covers: Covers
-) -> None:
-    if model != "bfloat16" and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+@pytest.mark.parametrize("model", cases(MODELS, ["bfloat16"]))
+def test_what_a_format_holds_comes_back(model: str, tmp_path: Path, covers: Covers) -> None:
     source = trained(tmp_path, **MODELS[model])
     first = open_any(source)
     config = tmp_path / "config.json"

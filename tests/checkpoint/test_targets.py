@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.cases import cases
 from tests.checkpoint.conftest import Covers, Made
 from tests.checkpoint.frameworks import llama, make
 from trainrt.checkpoint.convert import convert
@@ -60,12 +61,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, Shape, dict[str, Any]]] = {
 SHORT = ("zero 1", "dcp")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(CASES, SHORT))
 def test_the_framework_goes_on_as_if_it_had_never_stopped(
-    case: str, made: Made, tmp_path: Path, request: pytest.FixtureRequest, covers: Covers
+    case: str, made: Made, tmp_path: Path, covers: Covers
 ) -> None:
-    if case not in SHORT and not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
     framework, options, to, shape, loading = CASES[case]
     covers(to, "written, loaded by the framework, same losses", case)
     checkpoint, _ = made(framework, **options)

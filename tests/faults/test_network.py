@@ -12,13 +12,13 @@ from tests.faults.faulty import FaultyRun, compare_with_undisturbed, expect
 from tests.launch.cluster import RayCluster
 from tests.launch.hosts import Hosts, can_make_hosts
 
+pytestmark = pytest.mark.campaign
+
 NODES, SPARES, PARITY = 3, 2, 1
 
 
 @pytest.fixture(scope="module")
-def hosts(request: pytest.FixtureRequest) -> Iterator[Hosts]:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("the long form runs with --campaign")
+def hosts() -> Iterator[Hosts]:
     if not can_make_hosts():
         pytest.skip("network namespaces need root")
     with Hosts() as hosts:

@@ -1,4 +1,7 @@
-"""One run through every fault: its worker, store, agent, driver and nodes are killed, one after another."""
+"""One run through every fault: its worker, store, agent, driver and nodes are killed, one after another.
+
+Only with `--campaign`: tests/faults kills the same in larger runs.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from tests.launch.runs import Run, alive, write_job
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Run]:
-    if not request.config.getoption("--campaign"):
-        pytest.skip("tests/faults kills the same in larger runs; this runs with --campaign")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("faults")
     job = write_job(folder / "job.toml", run={"steps": 5000}, cluster={"spare_nodes": 1, "driver_grace_seconds": 60})
     run = Run(folder / "run", job).launch()
@@ -23,6 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
     run.end()
 
 
+@pytest.mark.campaign
 def test_what_runs_is_in_cluster_json(run: Run) -> None:
     assert set(run.pids("worker")) == {("n0", 0), ("n1", 1)}
     assert set(run.pids("agent")) == set(run.pids("store")) == set(run.pids("raylet")) == {
@@ -33,6 +35,7 @@ def test_what_runs_is_in_cluster_json(run: Run) -> None:
     assert all(alive(entry["pid"]) for entry in run.document("cluster")["processes"])
 
 
+@pytest.mark.campaign
 def test_a_killed_worker_is_forked_anew_and_the_survivor_stays(run: Run) -> None:
     seen, before, incarnation = len(run.lines("incidents")), run.pids("worker"), run.document("status")["incarnation"]
     run.kill("worker", "n1", 1)
@@ -47,6 +50,7 @@ def test_a_killed_worker_is_forked_anew_and_the_survivor_stays(run: Run) -> None
     assert run.lines("metrics")[-1]["incarnation"] == incarnation + 1
 
 
+@pytest.mark.campaign
 def test_a_killed_store_is_replaced_while_training_goes_on(run: Run) -> None:
     seen, workers, store = len(run.lines("incidents")), run.pids("worker"), run.pids("store")["n0", None]
     run.kill("store", "n0")
@@ -56,6 +60,7 @@ def test_a_killed_store_is_replaced_while_training_goes_on(run: Run) -> None:
     assert run.pids("store")["n0", None] != store
 
 
+@pytest.mark.campaign
 def test_a_killed_agent_is_replaced_in_place(run: Run) -> None:
     seen, store = len(run.lines("incidents")), run.pids("store")["n1", None]
     run.kill("agent", "n1")
@@ -66,6 +71,7 @@ def test_a_killed_agent_is_replaced_in_place(run: Run) -> None:
     assert run.pids("store")["n1", None] == store
 
 
+@pytest.mark.campaign
 def test_a_killed_driver_is_followed_by_one_that_adopts_the_rest(run: Run) -> None:
     seen, stores = len(run.lines("incidents")), run.pids("store")
     workers, agents = run.pids("worker"), run.pids("agent")
@@ -79,6 +85,7 @@ def test_a_killed_driver_is_followed_by_one_that_adopts_the_rest(run: Run) -> No
     assert run.pids("agent") == agents and run.pids("store") == stores
 
 
+@pytest.mark.campaign
 def test_lost_nodes_are_replaced_by_a_spare_then_left_out(run: Run) -> None:
     seen = len(run.lines("incidents"))
     run.kill("raylet", "n1")
@@ -96,6 +103,7 @@ def test_lost_nodes_are_replaced_by_a_spare_then_left_out(run: Run) -> None:
     assert run.document("plan")["world_size"] == 1
 
 
+@pytest.mark.campaign
 def test_sigterm_ends_it_with_a_checkpoint_and_nothing_left(run: Run) -> None:
     run.signal(signal.SIGTERM)
     assert run.wait() == 75

@@ -5,6 +5,7 @@ Legend of shapes: N rows, D model width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,12 +43,33 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An all-to-all on its way. The tensors are kept until it has ended."""
+
+    work: Any
+    sent: Tensor
+    received: Tensor
+    group: dist.ProcessGroup
+
+    def wait(self) -> Tensor:
+        size, name = self.sent.nbytes, group_name(self.group)
+        with ring.span("all_to_all", kind="collective", bytes=size, group=name, waiting=True):
+            self.work.wait()
+        return self.received
+
+
+def start_exchange(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Started:
+    """Start an uneven all-to-all: the first `send[0]` rows go to rank 0 and so on; not differentiable."""
+    received, sent = x_ND.new_empty((sum(receive), *x_ND.shape[1:])), x_ND.contiguous()
+    return Started(
+        dist.all_to_all_single(received, sent, receive, send, group=group, async_op=True), sent, received, group
+    )
+
+
 def exchange_rows(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Uneven all-to-all: the first `send[0]` rows go to rank 0 and so on; not differentiable."""
-    out = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
-    with ring.span("all_to_all", kind="collective", bytes=x_ND.nbytes, group=group_name(group), waiting=True):
-        dist.all_to_all_single(out, x_ND.contiguous(), receive, send, group=group)
-    return out
+    """The same, waited for."""
+    return start_exchange(x_ND, send, receive, group).wait()
 
 
 class CopyToGroup(torch.autograd.Function):

@@ -22,6 +22,10 @@ MEMORY_BYTES = {
 }  # fmt: skip
 
 
+SUSTAINED = 0.4
+"""The share of a device's operations that a model gets."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What one step of the job computes and holds, whatever the mesh.
@@ -37,8 +41,8 @@ class Work:
     hidden_size: int
     active_fraction: float
     compute_dtype: str
-    blocks: str = ""
-    summed_late: bool = True
+    blocks: str
+    summed_late: bool
 
     def rounds(self, data_ranks: int) -> int:
         """Forward and backward passes of a rank in a step."""
@@ -47,17 +51,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The device and its links. flops: floating-point operations per second at best, of which a model gets `sustained`.
-
-    Bandwidth in bytes per second, latency in seconds.
-    """
+    """The device and its links. flops: floating-point operations per second at best. Bandwidth in bytes per second, latency
+    in seconds."""
 
     name: str
     flops: float
     memory_bytes: int
     link_bytes_per_second: float
     latency_seconds: float
-    sustained: float = 0.4
 
 
 def estimate(plan: Plan, work: Work, device: Device, activation_bytes: float | None) -> dict[str, float]:
@@ -77,7 +78,7 @@ def estimate(plan: Plan, work: Work, device: Device, activation_bytes: float | N
     width_bytes = tokens * work.hidden_size * item
     computed = 6.0 * elements * work.active_fraction * tokens / size.tp
     seconds = {
-        "compute_seconds": computed / (device.sustained * device.flops),
+        "compute_seconds": computed / (SUSTAINED * device.flops),
         "fsdp_seconds": _moved(3.0 * rounds * elements * item / size.tp, size.fsdp, 3 * rounds * work.layers, device),
         "dp_seconds": _moved(2.0 * held * 4.0, size.dp, work.layers, device),
         "tp_seconds": _moved(8.0 * width_bytes * work.layers, size.tp, 4 * rounds * work.layers, device),
@@ -106,27 +107,29 @@ def _state(plan: Plan, work: Work) -> dict[str, float]:
     Gradients wait whole for the last round, where a step has several.
     """
     size = plan.mesh
-    own = trainable = 0
+    own = trainable = whole = 0
     units: dict[str, int] = {}
-    kinds = {p.dtype for p in plan.parameters if not p.buffer}
-    stored = max((ITEM_BYTES[kind] for kind in kinds), default=4)
     for parameter in plan.parameters:
-        elements = parameter.held(size, 0).elements
-        own += elements * (ITEM_BYTES[parameter.dtype] if parameter.buffer else stored)
-        if not parameter.buffer:
-            trainable += elements if parameter.trainable else 0
-            unit = _unit(parameter.name, plan, work)
-            units[unit] = units.get(unit, 0) + parameter.held(size, 0, gathered=True).elements
+        bytes = parameter.held(size, 0).elements * ITEM_BYTES[parameter.dtype]
+        own += bytes
+        if parameter.buffer:
+            continue
+        gathered = parameter.held(size, 0, gathered=True).elements
+        unit = _unit(parameter.name, plan, work)
+        units[unit] = units.get(unit, 0) + gathered
+        if parameter.trainable:
+            trainable += bytes
+            whole += gathered * ITEM_BYTES[parameter.dtype]
     experts = sorted((n for unit, n in units.items() if unit in plan.experts), reverse=True)
     layers = sorted((n for unit, n in units.items() if unit and unit not in plan.experts), reverse=True)
     computing = units.get("", 0) + sum(layers[:2]) + sum(experts[:2])
     waiting = work.summed_late and work.rounds(size.data_ranks) > 1
     return {
         "parameter_bytes": float(own),
-        "gradient_bytes": float(trainable * stored),
-        "optimizer_bytes": 2.0 * trainable * stored,
+        "gradient_bytes": float(trainable),
+        "optimizer_bytes": 2.0 * trainable,
         "gathered_bytes": float(computing * ITEM_BYTES[work.compute_dtype]),
-        "waiting_bytes": float(sum(units.values()) * stored * waiting),
+        "waiting_bytes": float(whole if waiting else 0),
     }
 
 

@@ -141,9 +141,9 @@ class ParameterPlan:
             place = coordinates(size, rank)[cut.axis]
             if cut.runs is None or axis_size(size, cut.axis) == 1 or place == 0:
                 continue
-            earlier = {i for runs in cut.runs[:place] for first, n in runs for i in range(first, first + n)}
-            if len([other for other in self.cuts if other.axis == cut.axis]) > 1:
-                continue  # along another dimension no two places hold the same
+            with_it = [other.runs for other in self.cuts if other.axis == cut.axis and other.runs is not None]
+            same = [q for q in range(place) if all(_meet(runs[q], runs[place]) for runs in with_it)]
+            earlier = {i for q in same for first, n in cut.runs[q] for i in range(first, first + n)}
             if any(first + k in earlier for first, n in cut.runs[place] for k in range(n)):
                 mine = [first + k for first, n in self.held(size, rank).spans[cut.dim] for k in range(n)]
                 return cut.dim, [position for position, index in enumerate(mine) if index not in earlier]
@@ -209,6 +209,11 @@ class ParameterPlan:
 def kind_of(name: str) -> str:
     """A name with its numbers blanked: that of every layer and every expert of a kind."""
     return re.sub(r"[0-9]+", "*", name)
+
+
+def _meet(some: tuple[Run, ...], others: tuple[Run, ...]) -> bool:
+    """Whether an index is in both."""
+    return any(a < b + m and b < a + n for a, n in some for b, m in others)
 
 
 def _runs_json(parameter: ParameterPlan) -> dict[str, Any]:

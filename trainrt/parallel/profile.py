@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import psutil
 from trainrt.errors import ConfigError, nearest
 from trainrt.parallel.cost import MEMORY_BYTES, PEAK_FLOPS, Device
 from trainrt.parallel.mesh import backend_of, choose_device
+from trainrt.parallel.processes import last_word, run_ranks
 
 MEASURED = "measured"
 SMALL, LARGE = 1 << 12, 1 << 24
@@ -114,20 +114,16 @@ def _seconds(action: Callable[[], Any]) -> float:
 
 def _links() -> Device:
     """Two ranks of this machine, as processes of this module. Raises ConfigError where they do not answer."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "trainrt.parallel.profile", folder]
-        ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         try:
-            for rank in ranks:
-                rank.wait(60)
-        except subprocess.TimeoutExpired as error:
-            raise ConfigError(f"--device {MEASURED}: two ranks of this machine do not reach each other") from error
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        small, large = json.loads((Path(folder) / "seconds.json").read_text())
+            run_ranks(__name__, folder, 2, seconds=60)
+        except TimeoutError as error:
+            raise ConfigError(f"--device {MEASURED}: two ranks of this machine: {error}") from error
+        seconds = folder / "seconds.json"
+        if not seconds.exists():
+            raise ConfigError(f"--device {MEASURED}: two ranks of this machine: {last_word(folder, 2)}")
+        small, large = json.loads(seconds.read_text())
     # A ring of two passes half of the bytes twice; cost.py counts a latency for each rank.
     return Device(MEASURED, 1.0, 1, LARGE / max(large - small, 1e-9), small / 2)
 

@@ -16,9 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from trainrt.config import MeshSize
 from trainrt.parallel.mesh import neighbours
-from trainrt.parallel.moe.experts import local
+from trainrt.parallel.moe.experts import layout_of, local
 from trainrt.parallel.moe.form import Form, ListedExperts
-from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.parallel import share_of, spread_experts
 from trainrt.parallel.planner.experts import experts_of
 from trainrt.parallel.planner.probe import Blueprint, small_model
@@ -52,21 +51,18 @@ def compare_experts(blueprint: Blueprint, forms: Mapping[str, Form], mesh: Devic
 
     def divide(model: nn.Module) -> Divided:
         modules = experts_of(model, forms)
-        sizes = {name: next(model.get_submodule(name).parameters()).shape[0] for name in modules}
-        own = [ExpertLayout(sizes[name], mesh.size()) for name, form in modules.items() if form is None]
+        layouts = {name: layout_of(model.get_submodule(name), form, mesh.size()) for name, form in modules.items()}
+        own = [layouts[name].slices for name, form in modules.items() if form is None]
         world = MeshSize(fsdp=mesh.size(), ep=mesh.size())
-        slices = neighbours(world, torch.device(mesh.device_type), own[0].slices) if own else None
+        slices = neighbours(world, torch.device(mesh.device_type), own[0]) if own else None
         spread_experts(model, modules, mesh, None, slices=slices)
-
         place = mesh.get_local_rank()
         parts: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, form in modules.items():
-            module = model.get_submodule(name)
-            number = form.experts if form is not None else sizes[name]
-            layout = ExpertLayout(number, mesh.size())
+            module, layout = model.get_submodule(name), layouts[name]
             for leaf, _ in module.named_parameters():
                 if isinstance(form, ListedExperts):
-                    mine = int(leaf.partition(".")[0]) // (number // mesh.size()) == place
+                    mine = layout.owner(int(leaf.partition(".")[0])) == place
                     parts[f"{name}.{leaf}"] = partial(_all_or_nothing, mine)
                 else:
                     parts[f"{name}.{leaf}"] = partial(share_of, module, leaf, layout=layout, rank=place)

@@ -28,7 +28,7 @@ from trainrt.training.integrity import Integrity
 from trainrt.training.manifest import constant_metadata
 from trainrt.training.models.build import whole_model
 from trainrt.training.pipeline import Pipeline, SampleSource, load_pipeline, loss_function
-from trainrt.training.planning import make_plan, meta_model
+from trainrt.training.planning import meta_model, place
 from trainrt.training.snapshots import Snapshots
 from trainrt.training.state import Snapshotter, restore
 
@@ -86,7 +86,7 @@ class Job:
         clock = _Phases(report)
         pipeline = load_pipeline(config)
         meta = meta_model(config, pipeline)
-        plan = make_plan(config, world_size=spec.world_size, model=meta, mesh=MeshSize(**spec.mesh))
+        plan = place(config, MeshSize(**spec.mesh), model=meta)
         groups = make_groups(plan.mesh, device_of(spec))
         model = whole_model(config, pipeline.model, fresh=spec.restore["from"] == "none")
         engine = NativeEngine(model, plan, groups, config=config, loss=loss_function(config, pipeline), rank=spec.rank)

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.cost import PEAK_FLOPS, Device, Work
 from trainrt.parallel.mesh import choose_device
-from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.experts import layout_of
 from trainrt.parallel.moe.strategy import Strategy
 from trainrt.parallel.packing import packed_parts
-from trainrt.parallel.plan import Plan
+from trainrt.parallel.plan import Part, Plan
 from trainrt.parallel.planner.activations import activations_of
 from trainrt.parallel.planner.derive import derive
+from trainrt.parallel.planner.probe import Blueprint
 from trainrt.parallel.planner.sharding import Sharding, sharding_of
 from trainrt.parallel.profile import device_of, known
 from trainrt.parallel.search import assess, choose
@@ -71,6 +73,43 @@ def meta_model(config: JobConfig, pipeline: Pipeline) -> nn.Module:
         return pipeline.model().to(stored_dtype(config))
 
 
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A job and its model, of which meshes are tried."""
+
+    config: JobConfig
+    model: nn.Module
+    blueprint: Blueprint
+    parts: Mapping[str, tuple[Part, ...]]
+
+    @classmethod
+    def of(cls, config: JobConfig, model: nn.Module | None) -> _Subject:
+        pipeline = load_pipeline(config)
+        model = model if model is not None else meta_model(config, pipeline)
+        packs = config.model.kind == "huggingface" and hasattr(model, "config")
+        return cls(config, model, blueprint_of(config, pipeline, model), packed_parts(model) if packs else {})
+
+    def place(self, size: MeshSize) -> Plan:
+        """The placements on a mesh. Raises PlanError."""
+        plan = derive(self.model, size, self.blueprint, parts=self.parts)
+        for name, form in plan.experts.items():
+            own = layout_of(self.model.get_submodule(name), form, size.ep) if form is None else None
+            Strategy.of(self.config.moe).check(own)
+        return plan
+
+    def activation_bytes(self, plan: Plan) -> float | None:
+        """Of one sample on a rank of the plan's mesh; None where they cannot be counted."""
+        sharding = sharding_of(self.blueprint, plan.mesh.tp) if plan.mesh.tp > 1 else Sharding(1)
+        kind, length = compute_dtype(self.config), self.config.data.sequence_length
+        found = activations_of(self.blueprint, self.model, sharding, kind, length)
+        return None if found is None else found.bytes(recomputed=self.config.model.activation_checkpointing)
+
+
+def place(config: JobConfig, size: MeshSize, *, model: nn.Module | None = None) -> Plan:
+    """The placements on a mesh without what they cost: all that a worker has to know. Raises PlanError."""
+    return _Subject.of(config, model).place(size)
+
+
 def make_plan(
     config: JobConfig, *, world_size: int, model: nn.Module | None = None, device: str | None = None,
     mesh: MeshSize | None = None,
@@ -79,33 +118,16 @@ def make_plan(
 
     `mesh` overrides the config's. Raises PlanError where nothing fits.
     """
-    pipeline = load_pipeline(config)
-    model = model if model is not None else meta_model(config, pipeline)
-    blueprint = blueprint_of(config, pipeline, model)
-    parts = packed_parts(model) if config.model.kind == "huggingface" and hasattr(model, "config") else {}
+    subject = _Subject.of(config, model)
     profile = device_of(device) if device is not None else _own_device(config)
-    work = work_of(config, model)
+    work = work_of(config, subject.model)
     size = mesh or config.mesh()
-
-    def activation_bytes(plan: Plan) -> float | None:
-        sharding = sharding_of(blueprint, plan.mesh.tp) if plan.mesh.tp > 1 else Sharding(1)
-        length = config.data.sequence_length
-        found = activations_of(blueprint, model, sharding, compute_dtype(config), length)
-        return None if found is None else found.bytes(recomputed=config.model.activation_checkpointing)
-
-    def derived(size: MeshSize) -> Plan:
-        plan = derive(model, size, blueprint, parts=parts)
-        for name, form in plan.experts.items():
-            own = ExpertLayout(next(model.get_submodule(name).parameters()).shape[0], size.ep) if form is None else None
-            Strategy.of(config.moe).check(own)
-        return plan
-
     if size is None:
-        plan = choose(derived, world_size, work, profile, activation_bytes)
+        plan = choose(subject.place, world_size, work, profile, subject.activation_bytes)
     else:
         if size.world_size != world_size:
             size = shrink(size, world_size)
-        plan = assess(derived(size), work, profile, activation_bytes)
+        plan = assess(subject.place(size), work, profile, subject.activation_bytes)
     return replace(plan, recovery=forecast(config, plan).to_json())
 
 

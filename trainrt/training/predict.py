@@ -17,7 +17,7 @@ from trainrt.parallel.plan import Plan
 from trainrt.training.data import collate
 from trainrt.training.models.build import whole_model
 from trainrt.training.pipeline import Pipeline, default_predict, load_pipeline
-from trainrt.training.planning import make_plan, meta_model
+from trainrt.training.planning import meta_model, place
 from trainrt.training.state import restore
 
 
@@ -41,7 +41,7 @@ def load_model(path: Path, pipeline: Pipeline | None = None) -> tuple[nn.Module,
     source = Universal.open(path)
     config = JobConfig.model_validate(source.manifest["config"])
     pipeline = pipeline if pipeline is not None else load_pipeline(config)
-    plan = make_plan(config, world_size=1, model=meta_model(config, pipeline), mesh=MeshSize())
+    plan = place(config, MeshSize(), model=meta_model(config, pipeline))
     model = whole_model(config, pipeline.model, fresh=False)
     restore(_Whole(model, plan), source)
     return model, config

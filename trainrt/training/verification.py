@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from trainrt.config import JobConfig
 from trainrt.errors import PlanError
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.sharding import Cache, experts_in, key_of, sharding_of
+from trainrt.parallel.processes import last_word, run_ranks
 from trainrt.parallel.verdict import Verdict
 from trainrt.training.blueprint import blueprint_of, scaled
 from trainrt.training.pipeline import load_pipeline
@@ -54,31 +54,16 @@ def verified(config: JobConfig, plan: Plan) -> Plan:
 
 def _run(config: JobConfig, axis: str, ranks: int) -> dict[str, Any]:
     """Start the ranks and return what the first one says. Raises PlanError where they do not end well."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with tempfile.TemporaryDirectory() as folder:
-        job = Path(folder) / "job.json"
-        job.write_text(config.model_dump_json())
-        arguments = [sys.executable, "-m", "trainrt.training.verification", folder, axis, str(ranks)]
-        logs = [Path(folder) / f"rank-{rank}.log" for rank in range(ranks)]
-        processes = []
-        for rank, log in enumerate(logs):
-            # A file, not a pipe: a rank that says much must not wait for one that is read later.
-            with log.open("wb") as file:
-                command = [*arguments, str(rank)]
-                processes.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(config.model_dump_json())
         try:
-            for process in processes:
-                process.wait(SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise PlanError(f"parallel.{axis}: the plan could not be verified within {SECONDS} s") from error
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        verdict = Path(folder) / "verdict.json"
+            run_ranks(__name__, folder, ranks, axis, str(ranks), seconds=SECONDS)
+        except TimeoutError as error:
+            raise PlanError(f"parallel.{axis}: the plan could not be verified: {error}") from error
+        verdict = folder / "verdict.json"
         if not verdict.exists():
-            lines = [line for log in logs for line in log.read_text(errors="replace").strip().splitlines()[-1:]]
-            raise PlanError(f"parallel.{axis}: the plan could not be verified: {lines[0] if lines else 'no word'}")
+            raise PlanError(f"parallel.{axis}: the plan could not be verified: {last_word(folder, ranks)}")
         found: dict[str, Any] = json.loads(verdict.read_text())
         return found
 

@@ -85,12 +85,12 @@ def lattice(
 
     from trainrt.config import MeshSize
     from trainrt.parallel.mesh import neighbours
-    from trainrt.parallel.moe import exchange, flex
+    from trainrt.parallel.moe import exchange
     from trainrt.parallel.moe.experts import Experts
     from trainrt.parallel.moe.parallel import share_of, spread_experts
 
     if spoil == "order":
-        flex._unsorted = lambda y, chunk: y
+        exchange.Chunk.unsorted = lambda self, y: y  # type: ignore[method-assign]
     if spoil == "copies":
         plan = exchange.Exchange.plan.__func__
         exchange.Exchange.plan = classmethod(  # type: ignore[method-assign]
@@ -146,7 +146,11 @@ def test_what_is_spoilt_is_noticed(spoil: str) -> None:
 def test_layouts_hold_every_expert_once() -> None:
     for experts, ranks in [(8, 4), (6, 4), (4, 4), (2, 4), (1, 4), (2, 8)]:
         layout = ExpertLayout(experts, ranks)
-        held = [(layout.first(p) + i, layout.slice_of(p)) for p in range(ranks) for i in range(layout.here(p))]
+        held = [
+            (layout.first(p) + i, layout.inner_run(p, layout.slices)[0])
+            for p in range(ranks)
+            for i in range(layout.here(p))
+        ]
         assert sorted(held) == sorted(product(range(experts), range(layout.slices)))
     assert ExpertLayout(2, 8).choices == [0, 1, 2, 4]
     with pytest.raises(PlanError, match="allowed: 1, 2, 3, 6"):

@@ -7,40 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainrt.events import ring
-from trainrt.parallel.collectives import ExchangeRows, exchange_rows, group_name
+from trainrt.parallel.collectives import exchange_rows
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.schedule import parts
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """An all-to-all on its way. The tensors are kept until it has ended."""
-
-    work: Any
-    sent: Tensor
-    received: Tensor
-    group: dist.ProcessGroup
-
-    def wait(self) -> Tensor:
-        size, name = self.sent.nbytes, group_name(self.group)
-        with ring.span("all_to_all", kind="collective", bytes=size, group=name, waiting=True):
-            self.work.wait()
-        return self.received
-
-
-def start_exchange(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Started:
-    """Start an uneven all-to-all of rows; not differentiable."""
-    received = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
-    sent = x_ND.contiguous()
-    work = dist.all_to_all_single(received, sent, receive, send, group=group, async_op=True)
-    return Started(work, sent, received, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +24,29 @@ class Chunk:
     order: what arrives of it, sorted by expert; counts: rows of each expert held here.
     """
 
-    rows: Tensor
+    rows: Tensor | slice
     send: list[int]
     receive: list[int]
-    arrived: Tensor
+    arrived: Tensor | slice
     order: Tensor
     counts: list[int]
+
+    def unsorted(self, y_MD: Tensor) -> Tensor:
+        """Rows sorted by expert in the order they came in; differentiable."""
+        return torch.empty_like(y_MD).index_copy(0, self.order, y_MD)
 
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """Who sends how many rows to whom. Both directions and every number of chunks follow from it.
 
-    source: of each row that is sent, in the order of destinations, which row of this rank it is (a row is sent r times).
-    expert: of each row received, in the order of senders, which of the experts held here it is for.
+    source: of each row that is sent, in the order of destinations, which row of this rank it is (a row is sent r times);
+    None where each is sent once, in order. expert: of each row received, in the order of senders, which of the experts held
+    here it is for.
     """
 
     group: dist.ProcessGroup
-    source: Tensor
+    source: Tensor | None
     send: list[int]
     receive: list[int]
     expert: Tensor
@@ -76,19 +55,17 @@ class Exchange:
     @classmethod
     def plan(cls, count_E: Tensor, layout: ExpertLayout, group: dist.ProcessGroup, *, r: int = 1) -> Exchange:
         """Agree on the counts; `count_E` rows of this rank, sorted by expert, go to each expert."""
-        device, here = count_E.device, layout.here(group.rank())
-        expert_N = torch.arange(layout.experts, device=device).repeat_interleave(count_E)
-        ranks = range(layout.ranks)
+        device, ranks, here = count_E.device, range(layout.ranks), layout.here(group.rank())
         if layout.slices == 1:
-            source = torch.arange(len(expert_N), device=device)
-            count_WL = exchange_rows(count_E, [layout.here(p) for p in ranks], [here] * layout.ranks, group)
-            sent_E = count_E.tolist()
-            send = [sum(sent_E[layout.first(p) : layout.first(p + 1)]) for p in ranks]
+            held = [layout.here(rank) for rank in ranks]
+            count_WL = exchange_rows(count_E, held, [here] * layout.ranks, group)
+            send = [int(part.sum()) for part in count_E.cpu().split(held)]
             receive = count_WL.view(layout.ranks, here).sum(1).tolist()
             local_L = torch.arange(here, device=device).repeat(layout.ranks)
-            return cls(group, source, send, receive, local_L.repeat_interleave(count_WL), here)
+            return cls(group, None, send, receive, local_L.repeat_interleave(count_WL), here)
         # Copy j of a row goes to group j of its expert's ranks, and there to one of its `width` ranks in turn.
         width = layout.slices // r
+        expert_N = torch.arange(layout.experts, device=device).repeat_interleave(count_E)
         turn_N = torch.arange(len(expert_N), device=device) - (count_E.cumsum(0) - count_E)[expert_N]
         copies = [expert_N * layout.slices + copy * width + turn_N % width for copy in range(r)]
         to, source = torch.cat(copies).sort(stable=True)
@@ -97,34 +74,21 @@ class Exchange:
         expert = torch.zeros(int(receive_W.sum()), dtype=torch.int64, device=device)
         return cls(group, source % max(len(expert_N), 1), send_W.tolist(), receive_W.tolist(), expert, here)
 
-    @property
-    def counts(self) -> list[int]:
-        """Rows received for each expert held here."""
-        counts: list[int] = torch.bincount(self.expert, minlength=self.here).tolist()
-        return counts
-
-    def there(self, x_ND: Tensor) -> Tensor:
-        """Rows in the order of destinations to those received, sorted by expert; in one piece, differentiable."""
-        return ExchangeRows.apply(x_ND, self.send, self.receive, self.group)[self.expert.argsort(stable=True)]
-
-    def back(self, y_MD: Tensor) -> Tensor:
-        """Results of rows received to where they came from, in the order they were sent in."""
-        unsorted = self.expert.argsort(stable=True).argsort()
-        return ExchangeRows.apply(y_MD[unsorted], self.receive, self.send, self.group)
-
     def chunks(self, number: int) -> list[Chunk]:
         """Of what goes to each rank, the first part is in the first chunk, and so on."""
-        made = []
-        for k in range(number):
-            sent, received = _runs(self.send, number, k), _runs(self.receive, number, k)
-            arrived = _indices(received, self.expert.device)
-            expert = self.expert[arrived]
-            made.append(Chunk(
-                rows=_indices(sent, self.expert.device), send=[b - a for a, b in sent],
-                receive=[b - a for a, b in received], arrived=arrived, order=expert.argsort(stable=True),
-                counts=torch.bincount(expert, minlength=self.here).tolist(),
-            ))  # fmt: skip
-        return made
+        return [self._chunk(number, k) for k in range(number)]
+
+    def _chunk(self, number: int, k: int) -> Chunk:
+        sent, received = _runs(self.send, number, k), _runs(self.receive, number, k)
+        # One chunk is everything as it lies.
+        whole = number == 1
+        arrived = slice(None) if whole else _indices(received, self.expert.device)
+        expert = self.expert[arrived]
+        return Chunk(
+            rows=slice(None) if whole else _indices(sent, self.expert.device), send=[b - a for a, b in sent],
+            receive=[b - a for a, b in received], arrived=arrived, order=expert.argsort(stable=True),
+            counts=torch.bincount(expert, minlength=self.here).tolist(),
+        )  # fmt: skip
 
 
 def _runs(counts: Sequence[int], number: int, k: int) -> list[tuple[int, int]]:

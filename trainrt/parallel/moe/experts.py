@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.moe.exchange import Exchange
 from trainrt.parallel.moe.flex import GatherSlices, Travel
+from trainrt.parallel.moe.form import Form
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.strategy import Strategy
 
@@ -46,6 +47,7 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+        self.number = experts
         self.spread: Spread | None = None
 
     def forward(self, x_ND: Tensor, count_E: Tensor) -> Tensor:
@@ -69,10 +71,10 @@ class Experts(nn.Module):
             whole = [_gathered(w, dim, layout, spread.ep) for w, dim in zip(weights, self.INNER.values(), strict=True)]
             return feed_forward(x_ND, count_E.tolist(), whole)
         if spread.slices is not None:
-            inner = self.INNER.values()
-            weights = [GatherSlices.apply(w, dim, spread.slices) for w, dim in zip(weights, inner, strict=True)]
+            inner = zip(weights, self.INNER.values(), strict=True)
+            weights = [GatherSlices.apply(weight, dim, spread.slices) for weight, dim in inner]
         exchange = Exchange.plan(count_E, layout, spread.ep, r=strategy.r)
-        if layout.slices == 1:
+        if exchange.source is None:
             return Travel.apply(exchange, feed_forward, strategy, x_ND, *weights)
         y_ND = Travel.apply(exchange, feed_forward, strategy, x_ND[exchange.source], *weights)
         return torch.zeros_like(x_ND).index_add(0, exchange.source, y_ND)
@@ -100,6 +102,14 @@ def _gathered(held: Tensor, inner: int, layout: ExpertLayout, ep: dist.ProcessGr
         return stacked
     there = [rank * most + i for rank in range(layout.ranks) for i in range(layout.here(rank))]
     return stacked[torch.tensor(there, device=held.device)]
+
+
+def layout_of(module: nn.Module, form: Form | None, ranks: int) -> ExpertLayout:
+    """How a module of experts lies over ranks; without a form it is one of ours. Raises PlanError."""
+    if form is not None:
+        return ExpertLayout(form.experts, ranks)
+    assert isinstance(module, Experts)
+    return ExpertLayout(module.number, ranks)
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainrt.parallel.collectives import all_gather, reduce_scatter
-from trainrt.parallel.moe.exchange import Chunk, Exchange, start_exchange
+from trainrt.parallel.collectives import all_gather, reduce_scatter, start_exchange
+from trainrt.parallel.moe.exchange import Chunk, Exchange
 from trainrt.parallel.moe.strategy import Strategy
 from trainrt.parallel.schedule import run_chunks
 
@@ -50,7 +50,7 @@ class Travel(torch.autograd.Function):
             return results[k].detach()
 
         def combine(k: int, y: Tensor) -> Any:
-            return start_exchange(_unsorted(y, chunks[k]), chunks[k].receive, chunks[k].send, exchange.group)
+            return start_exchange(chunks[k].unsorted(y), chunks[k].receive, chunks[k].send, exchange.group)
 
         y_ND = torch.empty_like(x_ND)
         for k, back in run_chunks(range(len(chunks)), dispatch, experts, combine):
@@ -89,7 +89,7 @@ class Travel(torch.autograd.Function):
             return found[0]
 
         def combine(k: int, gradient: Tensor) -> Any:
-            return start_exchange(_unsorted(gradient, chunks[k]), chunks[k].receive, chunks[k].send, exchange.group)
+            return start_exchange(chunks[k].unsorted(gradient), chunks[k].receive, chunks[k].send, exchange.group)
 
         grad_x_ND = torch.empty_like(grad_ND)
         for k, back in run_chunks(reversed(range(len(chunks))), dispatch, experts, combine):
@@ -102,17 +102,11 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _unsorted(y_MD: Tensor, chunk: Chunk) -> Tensor:
-    """Rows sorted by expert in the order they came in."""
-    return torch.empty_like(y_MD).index_copy_(0, chunk.order, y_MD)
-
-
 def _joined(chunks: list[Chunk], rows: dict[int, Tensor], like: Tensor) -> Tensor:
     """The rows received, in the order of senders, of all chunks."""
-    total = sum(len(chunk.arrived) for chunk in chunks)
-    joined = like.new_empty((total, *like.shape[1:]))
+    joined = like.new_empty((sum(sum(chunk.receive) for chunk in chunks), *like.shape[1:]))
     for k, chunk in enumerate(chunks):
-        joined[chunk.arrived[chunk.order]] = rows[k]
+        joined[chunk.arrived] = chunk.unsorted(rows[k])
     return joined
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -27,9 +27,6 @@ class ListedExperts:
 Form = ExpertsForm | ListedExperts
 
 
-def form_to_json(form: Form) -> dict[str, Any]:
-    return asdict(form)
-
-
 def form_from_json(document: Mapping[str, Any]) -> Form:
+    """The form whose fields these are."""
     return ExpertsForm(**document) if "rows" in document else ListedExperts(**document)

@@ -42,25 +42,28 @@ class MoeLayer(nn.Module):
         weight_N = routing.weight_TK.flatten()[order_N]
         token_N = order_N // self.top_k
         count_E = torch.bincount(expert_N, minlength=self.kinds.all)
-        limit_E = self._limits(x_TD.shape[0])
+        limit_E = self._limits(x_TD)
         if limit_E is not None:
             start_E = count_E.cumsum(0) - count_E
             place_N = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N]
-            limit = torch.tensor(limit_E, device=expert_N.device)
-            kept = place_N < limit[expert_N]
+            kept = place_N < limit_E[expert_N]
             expert_N, token_N, weight_N = expert_N[kept], token_N[kept], weight_N[kept]
-            count_E = torch.minimum(count_E, limit)
+            count_E = torch.minimum(count_E, limit_E)
         y_TD = self._mix(x_TD, token_N, weight_N, expert_N, count_E)
         return y_TD.view_as(x_BSD), routing.balance, routing.z, routing.logits_TE
 
-    def _limits(self, tokens: int) -> list[int] | None:
-        """Rows that each expert takes, or None for no limit."""
-        kinds, factor = self.kinds, self.capacity_factor
+    def _limits(self, x_TD: Tensor) -> Tensor | None:
+        """Rows that each expert takes of these tokens, or None for no limit."""
+        kinds, factor, tokens = self.kinds, self.capacity_factor, x_TD.shape[0]
         if kinds.free:
             ffn, free = capacities(factor, tokens=tokens, top_k=self.top_k, kinds=kinds, tau=self.router.tau)
         else:
             ffn = free = capacity(factor, tokens=tokens, top_k=self.top_k, experts=kinds.ffn)
-        return None if ffn is None or free is None else [ffn] * kinds.ffn + [free] * kinds.free
+        if ffn is None or free is None:
+            return None
+        limit_E = torch.full((kinds.all,), ffn, device=x_TD.device)
+        limit_E[kinds.ffn :] = free
+        return limit_E
 
     def _mix(self, x_TD: Tensor, token_N: Tensor, weight_N: Tensor, expert_N: Tensor, count_E: Tensor) -> Tensor:
         if self.free is None:

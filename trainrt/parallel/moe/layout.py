@@ -39,9 +39,18 @@ class ExpertLayout:
         """How many experts a rank holds."""
         return 1 if self.slices > 1 else self.first(rank + 1) - self.first(rank)
 
-    def slice_of(self, rank: int) -> int:
-        """Which slice of its experts a rank holds."""
-        return rank % self.slices
+    def run(self, rank: int, rows: int = 1) -> tuple[int, int]:
+        """(first, number) of the indices that a rank holds along experts, each of which has so many rows."""
+        return self.first(rank) * rows, self.here(rank) * rows
+
+    def inner_run(self, rank: int, width: int) -> tuple[int, int]:
+        """(first, number) of the indices that a rank holds along an inner width."""
+        piece = width // self.slices
+        return rank % self.slices * piece, piece
+
+    def owner(self, expert: int) -> int:
+        """The rank that holds an expert, where none is cut."""
+        return next(rank for rank in range(self.ranks) if expert < self.first(rank + 1))
 
     @property
     def choices(self) -> list[int]:

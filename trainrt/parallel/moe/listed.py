@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from trainrt.parallel.blocks import CONTAINERS
 from trainrt.parallel.collectives import all_gather, reduce_scatter
+from trainrt.parallel.moe.experts import local
+from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.shown import show
-
-CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 class GatherExperts(torch.autograd.Function):
@@ -56,19 +57,14 @@ class GatheredList(nn.ModuleList):
     seen: Mapping[tuple[int, str], Tensor]
 
     def forward(self) -> tuple[Tensor, ...]:
-        here = len(self) // self.group.size()
-        first = self.group.rank() * here
+        first, here = ExpertLayout(len(self), self.group.size()).run(self.group.rank())
         leaves = [leaf for leaf, _ in self[0].named_parameters()]
-        mine = [dict(self[first + index].named_parameters()) for index in range(here)]
-        held = [_local(parameters[leaf]) for parameters in mine for leaf in leaves]
+        mine = [dict(self[index].named_parameters()) for index in range(first, first + here)]
+        held = [local(parameters[leaf]) for parameters in mine for leaf in leaves]
         gathered = GatherExperts.apply(self.group, self.share, *held)
         names = [(index, leaf) for index in range(len(self)) for leaf in leaves]
         self.seen = dict(zip(names, gathered, strict=True))
         return gathered
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def gather_list(model: nn.Module, name: str, mesh: DeviceMesh, tp: dist.ProcessGroup | None) -> nn.Module:
@@ -78,12 +74,12 @@ def gather_list(model: nn.Module, name: str, mesh: DeviceMesh, tp: dist.ProcessG
     assert isinstance(experts, GatheredList)
     experts.group, experts.share = mesh.get_group(), 1.0 / tp.size() if tp is not None else 1.0
     experts.seen = {}
-    here = len(experts) // mesh.size()
+    layout = ExpertLayout(len(experts), mesh.size())
     for index, expert in enumerate(experts):
         for prefix, owner in expert.named_modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
                 whole = parameter.detach()
-                share = whole.clone() if index // here == mesh.get_local_rank() else whole[:0].clone()
+                share = whole.clone() if layout.owner(index) == mesh.get_local_rank() else whole[:0].clone()
                 held = DTensor.from_local(
                     share, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
                 )

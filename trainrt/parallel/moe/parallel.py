@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
+from trainrt.parallel.collectives import CopyToGroup, ExchangeRows, ReduceFromGroup
 from trainrt.parallel.moe.exchange import Exchange
-from trainrt.parallel.moe.experts import Experts, Spread
+from trainrt.parallel.moe.experts import Experts, Spread, layout_of
 from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.listed import gather_list
@@ -41,13 +41,12 @@ def spread_experts(
             spread.append(gather_list(model, name, mesh, tp))
             continue
         module = model.get_submodule(name)
-        layout = ExpertLayout(form.experts if form else next(module.parameters()).shape[0], mesh.size())
+        layout = layout_of(module, form, mesh.size())
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
-                whole = parameter.detach()
-                shares = [share_of(module, leaf, whole, layout, rank) for rank in range(mesh.size())]
-                mine = shares[mesh.get_local_rank()].clone()
-                shape = torch.Size((sum(len(share) for share in shares), *mine.shape[1:]))
+                mine = share_of(module, leaf, parameter.detach(), layout, mesh.get_local_rank()).clone()
+                first = len(parameter) * layout.slices
+                shape = torch.Size((first, *mine.shape[1:]))
                 stride = torch.empty(shape, device="meta").stride()
                 cut = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
                 owner._parameters[leaf] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
@@ -67,12 +66,11 @@ def spread_experts(
 
 def share_of(module: nn.Module, leaf: str, whole: Tensor, layout: ExpertLayout, rank: int) -> Tensor:
     """What a rank holds of a weight of stacked or flattened experts (a view)."""
-    rows = len(whole) // layout.experts
-    share = whole.narrow(0, layout.first(rank) * rows, layout.here(rank) * rows)
-    if layout.slices == 1 or not isinstance(module, Experts):
+    share = whole.narrow(0, *layout.run(rank, len(whole) // layout.experts))
+    if not isinstance(module, Experts):
         return share
     inner = module.INNER[leaf]
-    return share.chunk(layout.slices, inner)[layout.slice_of(rank)]
+    return share.narrow(inner, *layout.inner_run(rank, whole.shape[inner]))
 
 
 def _tell_number(module: nn.Module, experts: int, here: int) -> None:
@@ -98,9 +96,10 @@ def _exchanged(
             rows_ND, weight_NK = CopyToGroup.apply(rows_ND, tp), CopyToGroup.apply(weight_NK, tp)
         choice_M, expert_M = _own_choices(index_NK, tp)
         count_E = torch.bincount(expert_M, minlength=form.experts)
-        exchange = Exchange.plan(count_E, layout, ep)
-        arrived_MD = exchange.there(rows_ND[choice_M // index_NK.shape[1]])
-        here = torch.tensor(exchange.counts, device=x.device)
+        (there,) = Exchange.plan(count_E, layout, ep).chunks(1)
+        sent_ND = rows_ND[choice_M // index_NK.shape[1]]
+        arrived_MD = ExchangeRows.apply(sent_ND, there.send, there.receive, ep)[there.order]
+        here = torch.tensor(there.counts, device=x.device)
         local_M = torch.arange(len(here), device=x.device).repeat_interleave(here)
         ones_M1 = weight_NK.new_ones(len(arrived_MD), 1)
         # Not every model's code takes no rows at all.
@@ -108,7 +107,8 @@ def _exchanged(
         if len(arrived_MD):
             results = compute(**{form.rows: arrived_MD, form.index: local_M.unsqueeze(1), form.weight: ones_M1})
         results = results.reshape(arrived_MD.shape) + _touched(module, arrived_MD)
-        y_MD = exchange.back(results) * weight_NK.reshape(-1)[choice_M].unsqueeze(1)
+        back_MD = ExchangeRows.apply(there.unsorted(results), there.receive, there.send, ep)
+        y_MD = back_MD * weight_NK.reshape(-1)[choice_M].unsqueeze(1)
         y_ND = torch.zeros_like(rows_ND).index_add(0, choice_M // index_NK.shape[1], y_MD.to(rows_ND.dtype))
         return (y_ND if tp is None else ReduceFromGroup.apply(y_ND, tp)).view(x.shape)
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainrt.parallel.moe.zero_computation import Kinds
-from trainrt.parallel.moe.zero_computation import balance as heterogeneous
+from trainrt.parallel.moe.zero_computation import Kinds, balance_loss
 
 
 @dataclass(slots=True)
@@ -51,7 +50,7 @@ class Router(nn.Module):
         weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
         chosen_E = F.one_hot(expert_TK, self.kinds.all).to(precise)
         if self.kinds.free:
-            balance = heterogeneous(chosen_E.sum(1).mean(0), probability_TE.mean(0), self.kinds, self.tau)
+            balance = balance_loss(chosen_E.sum(1).mean(0), probability_TE.mean(0), self.kinds, self.tau)
         else:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
             # Switch Transformer (arXiv 2101.03961, equations 4-6), over all k choices.

@@ -56,7 +56,7 @@ class ZeroComputation(nn.Module):
         return torch.where((expert_N >= kinds.zero + kinds.copy).unsqueeze(1), constant_ND, y_ND)
 
 
-def balance(share_E: Tensor, probability_E: Tensor, kinds: Kinds, tau: float) -> Tensor:
+def balance_loss(share_E: Tensor, probability_E: Tensor, kinds: Kinds, tau: float) -> Tensor:
     """The heterogeneous balance loss, sum of eta f P with eta = 1 for an FFN expert and tau for the others (equations 7 and 8).
 
     share_E: of the tokens, how many chose an expert (f); probability_E: the mean probability (P).

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trainrt.config import MeshSize
 from trainrt.errors import PlanError
-from trainrt.parallel.moe.experts import Experts
+from trainrt.parallel.moe.experts import Experts, layout_of
 from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.plan import Cut, kind_of
@@ -100,17 +100,16 @@ def expert_cuts(
     cuts: dict[str, tuple[tuple[Cut, ...], str]] = {}
     for name, form in modules.items():
         module = model.get_submodule(name)
-        number = form.experts if form is not None else next(module.parameters()).shape[0]
-        if form is not None and number % size.ep:
-            divisors = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+        if form is not None and form.experts % size.ep:
+            divisors = ", ".join(str(n) for n in range(1, form.experts + 1) if form.experts % n == 0)
             raise PlanError(
-                f"parallel.ep = {size.ep} does not divide the {number} experts of {name}; allowed: {divisors}"
+                f"parallel.ep = {size.ep} does not divide the {form.experts} experts of {name}; allowed: {divisors}"
             )
-        layout = ExpertLayout(number, size.ep)
+        layout = layout_of(module, form, size.ep)
         for leaf, parameter in module.named_parameters():
             shape = tuple(parameter.shape)
             if isinstance(form, ListedExperts) and shape:
-                cuts[f"{name}.{leaf}"] = _of_the_list(leaf, shape, number, size), LISTED_RULE
+                cuts[f"{name}.{leaf}"] = _of_the_list(leaf, shape, layout), LISTED_RULE
                 continue
             own = _of_ours(leaf, shape, layout) if form is None else (Cut("ep", 0),)
             inner = shape[1] // (layout.slices if any(cut.dim == 1 for cut in own) else 1) if len(shape) > 1 else 0
@@ -128,22 +127,20 @@ def expert_cuts(
 def _of_ours(leaf: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:
     """A run of experts, or the slice of one."""
     ranks = range(layout.ranks)
+    whose = tuple((layout.run(rank),) for rank in ranks)
     if layout.slices == 1:
-        runs = tuple(((layout.first(rank), layout.here(rank)),) for rank in ranks)
-        return (Cut("ep", 0, runs if layout.experts % layout.ranks else None),)
+        return (Cut("ep", 0, whose if layout.experts % layout.ranks else None),)
     inner = Experts.INNER[leaf]
     if shape[inner] % layout.slices:
         raise PlanError(
             f"parallel.ep = {layout.ranks} cuts each of {layout.experts} experts into {layout.slices} slices, which do not "
             f"divide its inner width {shape[inner]}"
         )
-    width = shape[inner] // layout.slices
-    whose = tuple(((layout.first(rank), 1),) for rank in ranks)
-    return Cut("ep", 0, whose), Cut("ep", inner, tuple(((layout.slice_of(rank) * width, width),) for rank in ranks))
+    return Cut("ep", 0, whose), Cut("ep", inner, tuple((layout.inner_run(rank, shape[inner]),) for rank in ranks))
 
 
-def _of_the_list(leaf: str, shape: tuple[int, ...], number: int, size: MeshSize) -> tuple[Cut, ...]:
+def _of_the_list(leaf: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:
     """An expert's parameter is whole on one place of ep and nothing on the others."""
-    owner = int(leaf.partition(".")[0]) // (number // size.ep)
-    runs = tuple(((0, shape[0]),) if place == owner else () for place in range(size.ep))
+    owner = layout.owner(int(leaf.partition(".")[0]))
+    runs = tuple(((0, shape[0]),) if place == owner else () for place in range(layout.ranks))
     return Cut("ep", 0, runs), Cut("efsdp", 0)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from trainrt.errors import PlanError
-from trainrt.parallel.moe.form import Form, form_from_json, form_to_json
+from trainrt.parallel.moe.form import Form, form_from_json
 from trainrt.parallel.plan import kind_of
 from trainrt.parallel.planner.experts import find_experts
 from trainrt.parallel.planner.probe import Blueprint, trace
@@ -168,5 +168,5 @@ def _experts(blueprint: Blueprint) -> dict[str, Form] | PlanError:
         found = find_experts(blueprint)
     except PlanError as error:
         return error
-    Cache().write(key, {name: form_to_json(form) for name, form in found.items()})
+    Cache().write(key, {name: asdict(form) for name, form in found.items()})
     return found

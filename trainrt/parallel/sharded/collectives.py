@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ class ScatterSum(torch.autograd.Function):
         return _gather_rows(grads[0], ctx.dim, ctx.owners, ctx.group), None, None, None
 
 
+@lru_cache(maxsize=64)
 def _by_rank(owners: Owners, device: torch.device) -> Tensor | None:
     """The rows of the first rank, then those of the second, and so on; None where they lie so."""
     order = np.concatenate([owners.held(rank) for rank in range(owners.ranks)])

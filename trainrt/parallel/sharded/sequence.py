@@ -8,6 +8,7 @@ Positions are known from the lookups of token numbers, (samples, positions), tha
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,17 @@ def total(axis: Axis, partial: Tensor) -> Tensor:
 def _rows(axis: Axis, x: Tensor) -> tuple[int, Owners] | None:
     """The dimension along which activations are scattered, and by whom."""
     for samples, positions in axis.positions:
-        run = np.arange(axis.ranks, dtype=np.int32).repeat(positions // axis.ranks)
         if x.ndim == 3 and tuple(x.shape[:2]) == (samples, positions):
-            return 1, Owners(run, axis.ranks)
+            return 1, _in_runs(axis.ranks, positions, 1)
         if x.ndim == 2 and x.shape[0] == samples * positions:
-            return 0, Owners(np.tile(run, samples), axis.ranks)
+            return 0, _in_runs(axis.ranks, positions, samples)
     return None
+
+
+@lru_cache(maxsize=64)
+def _in_runs(ranks: int, positions: int, samples: int) -> Owners:
+    """Of every sample each rank has one run of positions."""
+    return Owners(np.tile(np.arange(ranks, dtype=np.int32).repeat(positions // ranks), samples), ranks)
 
 
 def split_by_rows(x: Any, *, last: int = 1) -> bool:

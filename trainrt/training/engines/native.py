@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from trainrt.config import JobConfig
 from trainrt.events import ring
@@ -27,8 +26,7 @@ from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
 from trainrt.parallel.mesh import Groups, coordinates, neighbours
-from trainrt.parallel.moe.experts import Experts
-from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.experts import Experts, layout_of, local
 from trainrt.parallel.moe.parallel import spread_experts
 from trainrt.parallel.moe.strategy import Strategy
 from trainrt.parallel.norm import ExactNorm, PlainNorm, SquaredNorm
@@ -63,7 +61,7 @@ def _spread(model: nn.Module, plan: Plan, groups: Groups, strategy: Strategy) ->
     own = [module for module in model.modules() if isinstance(module, Experts)]
     slices = None
     if own and strategy.r:
-        layout = ExpertLayout(own[0].gate_proj.shape[0], plan.mesh.ep)
+        layout = layout_of(own[0], None, plan.mesh.ep)
         slices = neighbours(plan.mesh, groups.device, layout.slices // strategy.r)
     return spread_experts(model, plan.experts, groups.experts["ep"], groups.tp, strategy, slices)
 
@@ -206,7 +204,7 @@ class NativeEngine:
         found = {}
         for name, tensor in self.local.items():
             gradient = self.sharded[name].grad
-            found[name] = torch.zeros_like(tensor) if gradient is None else _local(gradient)
+            found[name] = torch.zeros_like(tensor) if gradient is None else local(gradient)
         return found
 
     def _update(self, gradients: dict[str, Tensor], rate: float, *, total: float, norm: float) -> None:
@@ -324,10 +322,6 @@ def _counted(gradient: Tensor, part: tuple[int, list[int]] | None) -> Tensor:
     return gradient if part is None else gradient.index_select(part[0], torch.tensor(part[1], device=gradient.device))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _share(parameter: Tensor) -> nn.Parameter:
     """A plain parameter over the memory of a sharded one."""
-    return nn.Parameter(_local(parameter).detach(), requires_grad=parameter.requires_grad)
+    return nn.Parameter(local(parameter).detach(), requires_grad=parameter.requires_grad)
