@@ -360,7 +360,7 @@ def _problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str]:
 
 def _not_built(config: JobConfig) -> Iterator[str]:
     """Forms that later versions bring, refused by name."""
-    parallel, moe = config.parallel, config.moe
+    parallel = config.parallel
     if parallel.mode == "explicit":
         if parallel.pp > 1:
             yield f"parallel.pp = {parallel.pp}: pipeline parallelism is not built yet; allowed: 1"
@@ -368,8 +368,6 @@ def _not_built(config: JobConfig) -> Iterator[str]:
             yield f"parallel.cp = {parallel.cp}: context parallelism is not built yet; allowed: 1"
     if config.engine.kind == "deepspeed":
         yield 'engine.kind = "deepspeed" is not built yet; allowed: "native"'
-    if moe.all_to_all == "hierarchical":
-        yield 'moe.all_to_all = "hierarchical" is not built yet; allowed: "auto", "linear"'
     if config.diagnostics.evict == "automatic":
         yield 'diagnostics.evict = "automatic" is not built yet; allowed: "advise"'
     if config.diagnostics.tracker == "tensorboard":

@@ -58,6 +58,9 @@ class Started:
             self.work.wait()
         return self.received
 
+    def is_completed(self) -> bool:
+        return bool(self.work.is_completed())
+
 
 def start_exchange(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Started:
     """Start an uneven all-to-all: the first `send[0]` rows go to rank 0 and so on; not differentiable."""
@@ -98,16 +101,3 @@ class ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
-
-
-class ExchangeRows(torch.autograd.Function):
-    """Rows to the ranks that compute them; the gradients come back the same way."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return exchange_rows(x_ND, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange_rows(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None

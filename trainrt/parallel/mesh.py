@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,11 +107,37 @@ def make_groups(size: MeshSize, device: torch.device) -> Groups:
     return Groups(size, device, dense, experts)
 
 
-def neighbours(size: MeshSize, device: torch.device, width: int) -> dist.ProcessGroup | None:
-    """The group of `width` neighbouring ranks of ep that this one is in; None of one alone. Every rank calls this."""
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """Over which ranks what experts need travels. ep: all that hold the experts of a layer.
+
+    inside, across: ep's ranks on this rank's host, and those with its place on every host; None where the exchange through
+    hosts makes no sense. neighbours: by width, so many ranks beside each other; None of one alone.
+    """
+
+    ep: dist.ProcessGroup
+    inside: dist.ProcessGroup | None
+    across: dist.ProcessGroup | None
+    neighbours: Mapping[int, dist.ProcessGroup | None]
+
+
+def make_expert_groups(size: MeshSize, mesh: DeviceMesh, *, widths: Sequence[int], places: int) -> ExpertGroups:
+    """Every rank calls this. `mesh`: ep; `widths`: of groups of neighbours; `places`: ranks a host has."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    if width == 1:
-        return None
-    shape = (size.world_size // width, width)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("apart", "slices")).get_group("slices")
+    neighbours: dict[int, dist.ProcessGroup | None] = {1: None}
+    for width in widths:
+        if width > 1:
+            shape = (size.world_size // width, width)
+            beside = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("apart", "slices"))
+            neighbours[width] = beside.get_group("slices")
+    if not spans_hosts(size, places):
+        return ExpertGroups(mesh.get_group(), None, None, neighbours)
+    by_host = (size.efsdp, size.ep // places, places)
+    hosts = init_device_mesh(mesh.device_type, by_host, mesh_dim_names=("apart", "across", "inside"))
+    return ExpertGroups(mesh.get_group(), hosts.get_group("inside"), hosts.get_group("across"), neighbours)
+
+
+def spans_hosts(size: MeshSize, places: int) -> bool:
+    """Whether ep lies over several hosts with several of its ranks on each."""
+    return 1 < places < size.ep and size.ep % places == 0

@@ -53,6 +53,16 @@ def known() -> Device | None:
         return None
 
 
+def own_device(kind: str) -> Device:
+    """The profile of the device a job runs on: as measured here, or by name; an unknown GPU is taken for an H100."""
+    if kind == "cpu":
+        return known() or device_of("cpu")
+    import torch
+
+    name = torch.cuda.get_device_name().lower()
+    return known() or device_of(next((known for known in PEAK_FLOPS if known in name), "h100"))
+
+
 def _file() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home) / "trainrt" / "profiles" / f"{socket.gethostname()}.json"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from trainrt.config import MeshSize
-from trainrt.parallel.mesh import neighbours
+from trainrt.parallel.mesh import make_expert_groups
 from trainrt.parallel.moe.experts import layout_of, local
 from trainrt.parallel.moe.form import Form, ListedExperts
 from trainrt.parallel.moe.parallel import share_of, spread_experts
@@ -52,10 +52,9 @@ def compare_experts(blueprint: Blueprint, forms: Mapping[str, Form], mesh: Devic
     def divide(model: nn.Module) -> Divided:
         modules = experts_of(model, forms)
         layouts = {name: layout_of(model.get_submodule(name), form, mesh.size()) for name, form in modules.items()}
-        own = [layouts[name].slices for name, form in modules.items() if form is None]
+        widths = sorted({layout.slices for layout in layouts.values()})
         world = MeshSize(fsdp=mesh.size(), ep=mesh.size())
-        slices = neighbours(world, torch.device(mesh.device_type), own[0]) if own else None
-        spread_experts(model, modules, mesh, None, slices=slices)
+        spread_experts(model, modules, mesh, make_expert_groups(world, mesh, widths=widths, places=1))
         place = mesh.get_local_rank()
         parts: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, form in modules.items():

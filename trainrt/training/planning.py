@@ -17,22 +17,23 @@ from trainrt.checkpoint.policy import Forecast, best_every, effective_time, node
 from trainrt.config import DataConfig, JobConfig, MeshSize, load, parse
 from trainrt.errors import ConfigError, ModelError, PlanError, nearest
 from trainrt.parallel.blocks import find_blocks
-from trainrt.parallel.cost import PEAK_FLOPS, Device, Work
+from trainrt.parallel.cost import Work
 from trainrt.parallel.mesh import choose_device
 from trainrt.parallel.moe.experts import layout_of
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.moe.form import ListedExperts
+from trainrt.parallel.moe.strategy import Lattice, check_listed
 from trainrt.parallel.packing import packed_parts
 from trainrt.parallel.plan import Part, Plan
 from trainrt.parallel.planner.activations import activations_of
 from trainrt.parallel.planner.derive import derive
 from trainrt.parallel.planner.probe import Blueprint
 from trainrt.parallel.planner.sharding import Sharding, sharding_of
-from trainrt.parallel.profile import device_of, known
+from trainrt.parallel.profile import device_of, own_device
 from trainrt.parallel.search import assess, choose
 from trainrt.run_dir import read_json
 from trainrt.training.blueprint import blueprint_of
 from trainrt.training.data import Corpus, open_corpus
-from trainrt.training.models.build import build_meta, compute_dtype, stored_dtype, weight_files
+from trainrt.training.models.build import build_meta, compute_dtype, hidden_size_of, stored_dtype, weight_files
 from trainrt.training.pipeline import Pipeline, load_pipeline
 from trainrt.training.verification import verified
 
@@ -93,8 +94,10 @@ class _Subject:
         """The placements on a mesh. Raises PlanError."""
         plan = derive(self.model, size, self.blueprint, parts=self.parts)
         for name, form in plan.experts.items():
-            own = layout_of(self.model.get_submodule(name), form, size.ep) if form is None else None
-            Strategy.of(self.config.moe).check(own)
+            if isinstance(form, ListedExperts):
+                check_listed(self.config.moe, name)
+            else:
+                Lattice.of(self.config, layout_of(self.model.get_submodule(name), form, size.ep), size).check()
         return plan
 
     def activation_bytes(self, plan: Plan) -> float | None:
@@ -119,7 +122,7 @@ def make_plan(
     `mesh` overrides the config's. Raises PlanError where nothing fits.
     """
     subject = _Subject.of(config, model)
-    profile = device_of(device) if device is not None else _own_device(config)
+    profile = device_of(device) if device is not None else own_device(choose_device(config.cluster.device))
     work = work_of(config, subject.model)
     size = mesh or config.mesh()
     if size is None:
@@ -213,7 +216,7 @@ def work_of(config: JobConfig, model: nn.Module) -> Work:
         microbatch=config.data.microbatch,
         sequence_length=config.data.sequence_length,
         layers=len(blocks) if blocks is not None else 1,
-        hidden_size=_hidden_size(config, model),
+        hidden_size=hidden_size_of(config, model),
         active_fraction=active_parameters(model) / max(total, 1),
         compute_dtype=config.model.dtype,
         blocks=next((f"{name}." for name, module in model.named_modules() if module is blocks), ""),
@@ -235,20 +238,6 @@ def active_parameters(model: nn.Module) -> int:
         share = chosen / experts if parameter.dim() == 3 and experts and chosen else 1.0
         active += parameter.numel() * share
     return round(active)
-
-
-def _hidden_size(config: JobConfig, model: nn.Module) -> int:
-    if config.model.kind == "moe_lm":
-        return config.moe_lm.hidden_size
-    return int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
-
-
-def _own_device(config: JobConfig) -> Device:
-    """The profile of the device the job runs on: as measured here, or by name; an unknown GPU is taken for an H100."""
-    if choose_device(config.cluster.device) == "cpu":
-        return known() or device_of("cpu")
-    name = torch.cuda.get_device_name().lower()
-    return known() or device_of(next((known for known in PEAK_FLOPS if known in name), "h100"))
 
 
 def check_vocabulary(config: JobConfig, corpus: Corpus, model: nn.Module) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from trainrt.config import MoeConfig
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.layout import ExpertLayout
-from trainrt.parallel.moe.strategy import Strategy
-from trainrt.parallel.schedule import parts, run_chunks
+from trainrt.parallel.moe.strategy import Lattice, Strategy
+from trainrt.parallel.schedule import Schedule, parts
 
 WIDTH, INNER = 6, 8
 DEGREES = (1, 2, 4)
@@ -25,19 +26,20 @@ ROWS = {
 }
 
 
-def cases(ranks: int, numbers: tuple[int, ...] = EXPERTS) -> list[tuple[int, Strategy, str]]:
-    """(experts, strategy, rows), all that are possible on so many ranks."""
+def cases(ranks: int, numbers: tuple[int, ...] = EXPERTS) -> list[tuple[int, Strategy, bool, str]]:
+    """(experts, strategy, computed again for backward, rows), all that are possible on so many ranks."""
     found = []
     for experts in numbers:
         try:
             choices = ExpertLayout(experts, ranks).choices
         except PlanError:
             continue
-        for r, degree, backward, rows in product(choices, DEGREES, DEGREES, ROWS):
-            if r or degree == backward == 1:
+        ways = (False, True) if ranks == 4 else (False,)
+        for r, degree, backward, way, rows in product(choices, DEGREES, DEGREES, ways, ROWS):
+            if r or (degree == backward == 1 and not way):
                 # Computed again or not, in turn.
                 again = len(found) % 2 == 1
-                found.append((experts, Strategy(r, degree, backward, recomputed=again), rows))
+                found.append((experts, Strategy(r, degree, backward, way), again, rows))
     return found
 
 
@@ -84,23 +86,27 @@ def lattice(
     from torch.distributed.device_mesh import init_device_mesh
 
     from trainrt.config import MeshSize
-    from trainrt.parallel.mesh import neighbours
+    from trainrt.parallel.mesh import make_expert_groups
     from trainrt.parallel.moe import exchange
     from trainrt.parallel.moe.experts import Experts
     from trainrt.parallel.moe.parallel import share_of, spread_experts
+    from trainrt.parallel.moe.strategy import Fixed
 
     if spoil == "order":
         exchange.Chunk.unsorted = lambda self, y: y  # type: ignore[method-assign]
     if spoil == "copies":
         plan = exchange.Exchange.plan.__func__
         exchange.Exchange.plan = classmethod(  # type: ignore[method-assign]
-            lambda cls, count, layout, group, r: plan(cls, count, layout, group, r=1)
+            lambda cls, count, layout, groups, r, **rest: plan(cls, count, layout, groups, r=1, **rest)
         )
     mesh = init_device_mesh("cpu", (ranks,))
-    groups = {w: neighbours(MeshSize(fsdp=ranks, ep=ranks), torch.device("cpu"), w) for w in (1, 2, 4) if w <= ranks}
+    if spoil == "host":
+        exchange._transposed = lambda lengths, device: torch.arange(int(lengths.sum()))  # type: ignore[assignment]
+    widths = [w for w in (1, 2, 4) if ranks % w == 0]
+    groups = make_expert_groups(MeshSize(fsdp=ranks, ep=ranks), mesh, widths=widths, places=2)
     worst, number = 0.0, 0
     known: dict[tuple[int, str], list[torch.Tensor]] = {}
-    for experts, strategy, rows in cases(ranks, numbers):
+    for experts, strategy, again, rows in cases(ranks, numbers):
         dense, inputs, counts, weights = problem(experts, rows, ranks, dtype)
         if (experts, rows) not in known:
             known[experts, rows] = of_one_process(dense, inputs, counts, weights, rank)
@@ -109,10 +115,10 @@ def lattice(
         expected[2:] = [
             share_of(dense, leaf, g, layout, rank) for leaf, g in zip(Experts.INNER, expected[2:], strict=True)
         ]
-        slices = groups[layout.slices // strategy.r] if strategy.r else None
         holder = torch.nn.ModuleDict({"experts": dense})
         dense.zero_grad()
-        spread_experts(holder, {"experts": None}, mesh, None, strategy, slices)
+        how = {"chooser": lambda module, layout, strategy=strategy: Fixed(strategy), "recomputed": again}
+        spread_experts(holder, {"experts": None}, mesh, groups, **how)
         found = gradients(dense, inputs[rank], counts[rank], weights[rank])
         for got, wanted in zip(found, expected, strict=True):
             if wanted.numel():
@@ -137,10 +143,10 @@ def test_slices_and_uneven_runs_are_the_dense_mixture(dtype: torch.dtype, limit:
         assert number > 100 and worst <= limit, worst
 
 
-@pytest.mark.parametrize("spoil", ["order", "copies"])
-def test_what_is_spoilt_is_noticed(spoil: str) -> None:
-    """Negative controls: rows that come back in the order of experts; rows that one group alone computes."""
-    assert any(worst > 1e-3 for _, worst in run_ranks(2, lattice, 2, torch.float64, FEW, spoil))
+@pytest.mark.parametrize(("spoil", "ranks"), [("order", 2), ("copies", 2), ("host", 4)])
+def test_what_is_spoilt_is_noticed(spoil: str, ranks: int) -> None:
+    """Negative controls: rows that come back in the order of experts; that one group alone computes; that a host mixes up."""
+    assert any(worst > 1e-3 for _, worst in run_ranks(ranks, lattice, ranks, torch.float64, FEW, spoil))
 
 
 def test_layouts_hold_every_expert_once() -> None:
@@ -156,32 +162,58 @@ def test_layouts_hold_every_expert_once() -> None:
     with pytest.raises(PlanError, match="allowed: 1, 2, 3, 6"):
         ExpertLayout(3, 8).choices  # noqa: B018
     with pytest.raises(PlanError, match=r"moe\.r = 3 .*allowed: \"auto\", 0, 1, 2"):
-        Strategy(3).check(ExpertLayout(2, 4))
+        Lattice(ExpertLayout(2, 4), False, MoeConfig(r=3)).check()
 
 
 class Late:
-    """Work that says when it is waited for."""
+    """Work that says when it is waited for, and has come or has not."""
 
-    def __init__(self, log: list[str], name: str) -> None:
-        self.log, self.name = log, name
+    def __init__(self, log: list[str], name: str, *, come: bool = True) -> None:
+        self.log, self.name, self.come = log, name, come
 
     def wait(self) -> str:
         self.log.append(f"wait {self.name}")
         return self.name
 
+    def is_completed(self) -> bool:
+        return self.come
+
+
+def schedule(log: list[str], there: list[str], back: list[str], *, come: bool = True) -> Schedule:
+    def hop(what: str) -> Any:
+        def start(chunk: int, _: Any) -> Late:
+            log.append(f"{what} {chunk}")
+            return Late(log, f"{what} {chunk}", come=come)
+
+        return start
+
+    return Schedule([hop(w) for w in there], lambda k, _: log.append(f"compute {k}"), [hop(w) for w in back])
+
 
 def test_all_is_sent_before_anything_is_waited_for_and_all_that_comes_back_in_the_end() -> None:
     log: list[str] = []
-
-    def stage(what: str, late: bool) -> Any:
-        def run(chunk: int, _: Any) -> Any:
-            log.append(f"{what} {chunk}")
-            return Late(log, f"{what} {chunk}") if late else f"{what} {chunk}"
-
-        return run
-
-    ended = run_chunks(reversed(range(2)), stage("there", True), stage("compute", False), stage("back", True))
+    ended = schedule(log, ["there"], ["back"]).run(reversed(range(2)))
     assert ended == [(1, "back 1"), (0, "back 0")]
     assert log == ["there 1", "there 0", "wait there 1", "compute 1", "back 1", "wait there 0", "compute 0", "back 0",
                    "wait back 1", "wait back 0"]  # fmt: skip
     assert parts(7, 3) == [(0, 2), (2, 4), (4, 7)] and parts(1, 4)[-1] == (0, 1)
+
+
+def test_a_chunk_with_two_hops_is_sent_on_when_the_next_one_has_been_computed() -> None:
+    log: list[str] = []
+    schedule(log, ["in", "over"], ["over again", "out"]).run(range(2))
+    assert [line for line in log if not line.startswith("wait")] == [
+        "in 0", "in 1", "over 0", "over 1", "compute 0", "over again 0", "compute 1", "over again 1", "out 0", "out 1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("come", [True, False])
+def test_what_nobody_waits_for_fills_gaps_and_is_done_in_any_case(come: bool) -> None:
+    log: list[str] = []
+    made = schedule(log, ["there"], ["back"], come=come)
+    made.fillers.extend(lambda n=n: log.append(f"filler {n}") for n in range(2))
+    made.run(range(2))
+    fillers = [log.index(f"filler {n}") for n in range(2)]
+    assert fillers == sorted(fillers)
+    # In the first gap there is, or after everything.
+    assert fillers[0] == (log.index("wait there 0") - 2 if not come else len(log) - 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.parallel.moe.spreading import spread
 from tests.ranks import run_ranks
 from trainrt.config import MoeConfig
 from trainrt.parallel.moe.layer import MoeLayer
@@ -76,17 +77,15 @@ def test_an_even_router_has_a_balance_loss_of_one_per_choice_and_a_skewed_one_mo
 
 def exchanged(rank: int, skew: bool) -> Any:
     """Two ranks, two experts each; with `skew` every token goes to expert 0, so rank 1 gets none."""
-    from torch.distributed.device_mesh import init_device_mesh
 
     from trainrt.parallel.moe.experts import local
-    from trainrt.parallel.moe.parallel import spread_experts
 
     made = layer()
     if skew:
         with torch.no_grad():
             made.router.weight[0] += 50.0
             made.router.weight[1] += 40.0
-    spread_experts(made, {"experts": None}, init_device_mesh("cpu", (2,)), None)
+    spread(made, "experts", 2)
     x = torch.randn(2, 5 + 3 * rank, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)).abs()
     y = made(x)[0]
     y.square().sum().backward()

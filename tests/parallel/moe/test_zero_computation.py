@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.parallel.moe.spreading import spread
 from tests.ranks import run_ranks
 from trainrt.config import MoeConfig
 from trainrt.parallel.moe.layer import MoeLayer
@@ -99,10 +100,7 @@ def test_the_path_through_the_layer_before_matters() -> None:
 
 def exchanged(rank: int) -> tuple[int, int, int, float]:
     """Rows that this rank sent, that its tokens gave to FFN experts, choices in all; and the error against one process."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     from trainrt.parallel.moe.exchange import Exchange
-    from trainrt.parallel.moe.parallel import spread_experts
     from trainrt.parallel.moe.strategy import Strategy
 
     made, x = layer(), tokens(seed=rank)
@@ -113,11 +111,11 @@ def exchanged(rank: int) -> tuple[int, int, int, float]:
 
     def counted(cls: Any, *args: Any, **kwargs: Any) -> Exchange:
         found = plan(cls, *args, **kwargs)
-        sent.append(sum(found.send))
+        sent.append(int(found.rows_WW[rank].sum()))
         return found
 
     Exchange.plan = classmethod(counted)  # type: ignore[method-assign, assignment]
-    spread_experts(made, {"experts": None}, init_device_mesh("cpu", (3,)), None, Strategy(degree=2, backward_degree=2))
+    spread(made, "experts", 3, Strategy(degree=2, backward_degree=2))
     error = float((made(x)[0] - wanted).norm() / wanted.norm())
     return sent[0], int((chosen < FFN).sum()), chosen.numel(), error
 

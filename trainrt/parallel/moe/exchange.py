@@ -1,6 +1,8 @@
-"""The exchange: rows to the ranks that hold their experts, and back, in chunks.
+"""The exchange: rows to the ranks that hold their experts, and back, in chunks, straight or through the ranks of a host.
 
-Uneven all-to-all without padding. Legend: N rows here, sorted by expert; M rows received; E experts, W ranks of the group.
+Uneven all-to-all without padding. Every rank knows how many rows every rank has for every expert (one small all-gather), so
+whatever else there is to know about the way follows without a word. Legend: N rows here, sorted by expert; M rows received; E
+experts, W ranks of the group, L experts here.
 """
 
 from __future__ import annotations
@@ -8,13 +10,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
-from trainrt.parallel.collectives import exchange_rows
+from trainrt.parallel.collectives import Started, all_gather, start_exchange
+from trainrt.parallel.mesh import ExpertGroups
 from trainrt.parallel.moe.layout import ExpertLayout
-from trainrt.parallel.schedule import parts
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One all-to-all on the way. order: how rows are put in order before it; None: as they are."""
+
+    group: dist.ProcessGroup
+    order: Tensor | None
+    send: list[int]
+    receive: list[int]
+
+    def there(self, x_ND: Tensor) -> Started:
+        return start_exchange(x_ND if self.order is None else x_ND[self.order], self.send, self.receive, self.group)
+
+    def back(self, y_MD: Tensor) -> Returning:
+        return Returning(start_exchange(y_MD, self.receive, self.send, self.group), self.order)
+
+
+@dataclass(frozen=True, slots=True)
+class Returning:
+    """Rows on their way back over a hop, which are put in the order that they had before it."""
+
+    started: Started
+    order: Tensor | None
+
+    def wait(self) -> Tensor:
+        y_ND = self.started.wait()
+        return y_ND if self.order is None else torch.empty_like(y_ND).index_copy_(0, self.order, y_ND)
+
+    def is_completed(self) -> bool:
+        return self.started.is_completed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +62,13 @@ class Chunk:
     """
 
     rows: Tensor | slice
-    send: list[int]
-    receive: list[int]
+    hops: list[Hop]
     arrived: Tensor | slice
     order: Tensor
     counts: list[int]
 
     def unsorted(self, y_MD: Tensor) -> Tensor:
-        """Rows sorted by expert in the order they came in; differentiable."""
+        """Rows sorted by expert in the order they came in."""
         return torch.empty_like(y_MD).index_copy(0, self.order, y_MD)
 
 
@@ -41,65 +77,121 @@ class Exchange:
     """Who sends how many rows to whom. Both directions and every number of chunks follow from it.
 
     source: of each row that is sent, in the order of destinations, which row of this rank it is (a row is sent r times);
-    None where each is sent once, in order. expert: of each row received, in the order of senders, which of the experts held
-    here it is for.
+    None where each is sent once, in order. rows_WW: rows from a rank to a rank. received_WL: rows from a rank to each of the
+    experts here.
     """
 
-    group: dist.ProcessGroup
+    groups: ExpertGroups
+    hierarchical: bool
     source: Tensor | None
-    send: list[int]
-    receive: list[int]
-    expert: Tensor
-    here: int
+    rows_WW: Counts
+    received_WL: Counts
+    device: torch.device
 
     @classmethod
-    def plan(cls, count_E: Tensor, layout: ExpertLayout, group: dist.ProcessGroup, *, r: int = 1) -> Exchange:
-        """Agree on the counts; `count_E` rows of this rank, sorted by expert, go to each expert."""
-        device, ranks, here = count_E.device, range(layout.ranks), layout.here(group.rank())
+    def plan(
+        cls, count_WE: Counts, layout: ExpertLayout, groups: ExpertGroups, *,
+        device: torch.device, r: int = 1, hierarchical: bool = False,
+    ) -> Exchange:  # fmt: skip
+        """From the rows of every rank for every expert. Each rank's are sorted by expert."""
+        rank = groups.ep.rank()
         if layout.slices == 1:
-            held = [layout.here(rank) for rank in ranks]
-            count_WL = exchange_rows(count_E, held, [here] * layout.ranks, group)
-            send = [int(part.sum()) for part in count_E.cpu().split(held)]
-            receive = count_WL.view(layout.ranks, here).sum(1).tolist()
-            local_L = torch.arange(here, device=device).repeat(layout.ranks)
-            return cls(group, None, send, receive, local_L.repeat_interleave(count_WL), here)
+            runs = [layout.run(place) for place in range(layout.ranks)]
+            rows_WW = np.stack([count_WE[:, first : first + here].sum(1) for first, here in runs], 1)
+            first, here = runs[rank]
+            return cls(groups, hierarchical, None, rows_WW, count_WE[:, first : first + here], device)
         # Copy j of a row goes to group j of its expert's ranks, and there to one of its `width` ranks in turn.
         width = layout.slices // r
-        expert_N = torch.arange(layout.experts, device=device).repeat_interleave(count_E)
-        turn_N = torch.arange(len(expert_N), device=device) - (count_E.cumsum(0) - count_E)[expert_N]
-        copies = [expert_N * layout.slices + copy * width + turn_N % width for copy in range(r)]
-        to, source = torch.cat(copies).sort(stable=True)
-        send_W = torch.bincount(to, minlength=layout.ranks)
-        receive_W = exchange_rows(send_W, [1] * layout.ranks, [1] * layout.ranks, group)
-        expert = torch.zeros(int(receive_W.sum()), dtype=torch.int64, device=device)
-        return cls(group, source % max(len(expert_N), 1), send_W.tolist(), receive_W.tolist(), expert, here)
+        turn_W = np.arange(layout.ranks) % width
+        rows_WW = (np.repeat(count_WE, layout.slices, 1) - turn_W + width - 1) // width
+        source = _copies(torch.from_numpy(count_WE[rank]).to(device), layout, r)
+        return cls(groups, hierarchical, source, rows_WW, rows_WW[:, rank : rank + 1], device)
+
+    @property
+    def received(self) -> int:
+        """M."""
+        return int(self.received_WL.sum())
+
+    @property
+    def hops(self) -> int:
+        return 2 if self.hierarchical else 1
 
     def chunks(self, number: int) -> list[Chunk]:
-        """Of what goes to each rank, the first part is in the first chunk, and so on."""
+        """Of what goes from a rank to a rank, the first part is in the first chunk, and so on."""
         return [self._chunk(number, k) for k in range(number)]
 
     def _chunk(self, number: int, k: int) -> Chunk:
-        sent, received = _runs(self.send, number, k), _runs(self.receive, number, k)
+        rank = self.groups.ep.rank()
+        start_WW, stop_WW = self.rows_WW * k // number, self.rows_WW * (k + 1) // number
+        here = self.received_WL.shape[1]
+        expert_M = np.repeat(np.tile(np.arange(here), len(self.received_WL)), self.received_WL.ravel())
+        rows: Tensor | slice = slice(None)
+        arrived: Tensor | slice = slice(None)
         # One chunk is everything as it lies.
-        whole = number == 1
-        arrived = slice(None) if whole else _indices(received, self.expert.device)
-        expert = self.expert[arrived]
-        return Chunk(
-            rows=slice(None) if whole else _indices(sent, self.expert.device), send=[b - a for a, b in sent],
-            receive=[b - a for a, b in received], arrived=arrived, order=expert.argsort(stable=True),
-            counts=torch.bincount(expert, minlength=self.here).tolist(),
-        )  # fmt: skip
+        if number > 1:
+            rows = self._indices(self.rows_WW[rank], start_WW[rank], stop_WW[rank])
+            arrived = self._indices(self.rows_WW[:, rank], start_WW[:, rank], stop_WW[:, rank])
+            expert_M = expert_M[arrived.cpu().numpy()]
+        order = torch.from_numpy(np.argsort(expert_M, kind="stable")).to(self.device)
+        counts = np.bincount(expert_M, minlength=here).tolist()
+        return Chunk(rows, self._way(stop_WW - start_WW), arrived, order, counts)
+
+    def _way(self, rows_WW: Counts) -> list[Hop]:
+        rank = self.groups.ep.rank()
+        if not self.hierarchical:
+            return [Hop(self.groups.ep, None, rows_WW[rank].tolist(), rows_WW[:, rank].tolist())]
+        return _through_hosts(rows_WW, self.groups, self.device)
+
+    def _indices(self, lengths: Counts, start: Counts, stop: Counts) -> Tensor:
+        """Of rows in runs of `lengths`, those from `start` to `stop` of each run."""
+        first = np.cumsum(lengths) - lengths
+        return torch.from_numpy(_ranges(first + start, stop - start)).to(self.device)
 
 
-def _runs(counts: Sequence[int], number: int, k: int) -> list[tuple[int, int]]:
-    """Of rows in runs of `counts`, (start, stop) of the k-th part of each run."""
-    runs, at = [], 0
-    for count in counts:
-        start, stop = parts(count, number)[k]
-        runs.append((at + start, at + stop))
-        at += count
-    return runs
+def _copies(count_E: Tensor, layout: ExpertLayout, r: int) -> Tensor:
+    """Which row it is that is sent, in the order of destinations: each row r times, to slices of its expert."""
+    width = layout.slices // r
+    expert_N = torch.arange(layout.experts, device=count_E.device).repeat_interleave(count_E)
+    turn_N = torch.arange(len(expert_N), device=count_E.device) - (count_E.cumsum(0) - count_E)[expert_N]
+    copies = [expert_N * layout.slices + copy * width + turn_N % width for copy in range(r)]
+    _, source = torch.cat(copies).sort(stable=True)
+    return source % max(len(expert_N), 1)
 
 
-def _indices(runs: list[tuple[int, int]], device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+def _through_hosts(rows_WW: Counts, groups: ExpertGroups, device: torch.device) -> list[Hop]:
+    """Inside the host to the rank with the destination's place in its host, then between hosts (2DH: Tutel, MLSys'23, 3.4).
+
+    H hosts of P places. A rank sends H messages of P times the size between hosts, instead of W.
+    """
+    inside, across = groups.inside, groups.across
+    assert inside is not None and across is not None
+    host, place = divmod(groups.ep.rank(), inside.size())
+    rows_HPHP = rows_WW.reshape(across.size(), inside.size(), across.size(), inside.size())
+    mine_HP = rows_HPHP[host, place]
+    # What this place of the host's ranks gets: from each of them, for each host.
+    held_PH = rows_HPHP[host, :, :, place]
+    first = Hop(inside, _transposed(mine_HP, device), mine_HP.sum(0).tolist(), held_PH.sum(1).tolist())
+    arriving_H = rows_HPHP[:, :, host, place].sum(1)
+    return [first, Hop(across, _transposed(held_PH, device), held_PH.sum(0).tolist(), arriving_H.tolist())]
+
+
+def _transposed(lengths_AB: Counts, device: torch.device) -> Tensor:
+    """Rows in runs by A, then B: their indices by B, then A."""
+    first_AB = (np.cumsum(lengths_AB) - lengths_AB.ravel()).reshape(lengths_AB.shape)
+    return torch.from_numpy(_ranges(first_AB.T.ravel(), lengths_AB.T.ravel())).to(device)
+
+
+def _ranges(first: Counts, lengths: Counts) -> Counts:
+    """first[0], first[0] + 1, ... of each range, one after the other."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(first - before, lengths)
+
+
+def gather_counts(count_E: Tensor, group: dist.ProcessGroup, *, agreed: Sequence[int] = ()) -> Counts:
+    """The rows of every rank for every expert, and that all ranks came with the same `agreed`. Raises RuntimeError."""
+    own = torch.cat((torch.tensor(agreed, dtype=torch.int64, device=count_E.device), count_E.to(torch.int64)))
+    table = all_gather(own, group).cpu().numpy()
+    known = table[:, : len(agreed)]
+    if (known != known[0]).any():
+        raise RuntimeError(f"the ranks do not agree how a mixture is to be computed: {known.tolist()}")
+    return table[:, len(agreed) :]

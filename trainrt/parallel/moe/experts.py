@@ -9,31 +9,16 @@ Legend: N rows, D width, F inner width, E experts of the layer, L experts here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
-from trainrt.parallel.moe.exchange import Exchange
-from trainrt.parallel.moe.flex import GatherSlices, Travel
+from trainrt.parallel.moe.flex import Piece
 from trainrt.parallel.moe.form import Form
 from trainrt.parallel.moe.layout import ExpertLayout
-from trainrt.parallel.moe.strategy import Strategy
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Over which ranks experts are spread, and how rows or weights travel. `slices`: the S / r ranks that gather slices."""
-
-    layout: ExpertLayout
-    strategy: Strategy
-    ep: dist.ProcessGroup
-    slices: dist.ProcessGroup | None
-    tp: dist.ProcessGroup | None
+from trainrt.parallel.moe.spread import Spread, through
 
 
 class Experts(nn.Module):
@@ -53,55 +38,27 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, count_E: Tensor) -> Tensor:
         weights = [local(getattr(self, name)) for name in self.INNER]
         if self.spread is None:
-            return feed_forward(x_ND, count_E.tolist(), weights)
-        if self.spread.tp is None:
-            return self._spread(self.spread, x_ND, count_E, weights)
-        # Tensor-parallel ranks hold the same rows: each sends its share of them.
-        tp = self.spread.tp
-        expert_N = torch.arange(len(count_E), device=count_E.device).repeat_interleave(count_E)
-        mine_N = torch.arange(tp.rank(), len(expert_N), tp.size(), device=count_E.device)
-        count_E = torch.bincount(expert_N[mine_N], minlength=len(count_E))
-        x_ND = CopyToGroup.apply(x_ND, tp)
-        y_ND = self._spread(self.spread, x_ND[mine_N], count_E, weights)
-        return ReduceFromGroup.apply(torch.zeros_like(x_ND).index_copy(0, mine_N, y_ND), tp)
-
-    def _spread(self, spread: Spread, x_ND: Tensor, count_E: Tensor, weights: list[Tensor]) -> Tensor:
-        layout, strategy = spread.layout, spread.strategy
-        if strategy.r == 0:
-            whole = [_gathered(w, dim, layout, spread.ep) for w, dim in zip(weights, self.INNER.values(), strict=True)]
-            return feed_forward(x_ND, count_E.tolist(), whole)
-        if spread.slices is not None:
-            inner = zip(weights, self.INNER.values(), strict=True)
-            weights = [GatherSlices.apply(weight, dim, spread.slices) for weight, dim in inner]
-        exchange = Exchange.plan(count_E, layout, spread.ep, r=strategy.r)
-        if exchange.source is None:
-            return Travel.apply(exchange, feed_forward, strategy, x_ND, *weights)
-        y_ND = Travel.apply(exchange, feed_forward, strategy, x_ND[exchange.source], *weights)
-        return torch.zeros_like(x_ND).index_add(0, exchange.source, y_ND)
+            return through(SWIGLU, x_ND, count_E.tolist(), weights)
+        return self.spread.mix(x_ND, count_E, SWIGLU, weights, tuple(self.INNER.values()))
 
 
-def feed_forward(x_ND: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
-    """SwiGLU (arXiv 2002.05202) of rows sorted by expert, with stacked weights of as many experts."""
-    gate_LFD, up_LFD, down_LDF = weights
-    outputs = []
-    for expert, rows_ND in enumerate(x_ND.split(counts)):
-        inner = F.silu(F.linear(rows_ND, gate_LFD[expert])) * F.linear(rows_ND, up_LFD[expert])
-        outputs.append(F.linear(inner, down_LDF[expert]))
-    return torch.cat(outputs)
+def _gated(x_ND: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
+    gate_LFD, up_LFD = weights
+    return torch.cat([
+        F.silu(F.linear(rows_ND, gate_FD)) * F.linear(rows_ND, up_FD)
+        for rows_ND, gate_FD, up_FD in zip(x_ND.split(counts), gate_LFD.unbind(0), up_LFD.unbind(0), strict=True)
+    ])  # fmt: skip
 
 
-def _gathered(held: Tensor, inner: int, layout: ExpertLayout, ep: dist.ProcessGroup) -> Tensor:
-    """The weights of all experts, stacked, from what each rank holds; `inner` is the dimension that slices cut."""
-    if layout.slices > 1:
-        slices = GatherSlices.apply(held, 0, ep).unflatten(0, (layout.experts, layout.slices))
-        return slices.movedim(1, inner).flatten(inner, inner + 1)
-    most = max(layout.here(rank) for rank in range(layout.ranks))
-    short = most - len(held)
-    stacked = GatherSlices.apply(torch.cat((held, held.new_zeros(short, *held.shape[1:]))) if short else held, 0, ep)
-    if layout.experts == most * layout.ranks:
-        return stacked
-    there = [rank * most + i for rank in range(layout.ranks) for i in range(layout.here(rank))]
-    return stacked[torch.tensor(there, device=held.device)]
+def _projected(inner_NF: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
+    (down_LDF,) = weights
+    return torch.cat([
+        F.linear(rows_NF, down_DF) for rows_NF, down_DF in zip(inner_NF.split(counts), down_LDF.unbind(0), strict=True)
+    ])  # fmt: skip
+
+
+SWIGLU = (Piece(_gated, (0, 1)), Piece(_projected, (2,)))
+"""SwiGLU (arXiv 2002.05202) of rows sorted by expert, with stacked weights (gate, up, down) of as many experts."""
 
 
 def layout_of(module: nn.Module, form: Form | None, ranks: int) -> ExpertLayout:

@@ -2,14 +2,18 @@
 
 Backward takes the chunks in reverse order, in a number of its own. Where both numbers are the same, what autograd kept of each
 chunk serves; else, and where layers are computed again anyhow, experts are computed again for the chunks of backward (Tutel,
-MLSys'23, section 3.3; one schedule for gloo and NCCL).
+MLSys'23, section 3.3; one schedule for gloo and NCCL). Gradients of weights fill the gaps: nobody waits for them (zero bubble,
+arXiv 2401.10241, section 2, which splits a backward pass the same way).
 
 Legend: N rows sent, M rows received, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +21,64 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from trainrt.parallel.collectives import all_gather, reduce_scatter, start_exchange
+from trainrt.parallel.collectives import all_gather, reduce_scatter
 from trainrt.parallel.moe.exchange import Chunk, Exchange
-from trainrt.parallel.moe.strategy import Strategy
-from trainrt.parallel.schedule import run_chunks
+from trainrt.parallel.schedule import Schedule
 
 Compute = Callable[[Tensor, list[int], Sequence[Tensor]], Tensor]
-"""Rows sorted by expert, rows of each expert, and weights, to rows of the same shape."""
+"""Rows sorted by expert, rows of each expert, and weights, to rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of what experts compute, and which of their weights it takes.
+
+    Experts in several pieces have gradients of rows without those of weights at no cost, which then fill gaps.
+    """
+
+    compute: Compute
+    weights: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One chunk in the experts: for each piece its rows, and their results, with the graph between them."""
+
+    rows: list[Tensor]
+    results: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, pieces: Sequence[Piece], rows: Tensor, counts: list[int], weights: Sequence[Tensor], *, graph: bool
+    ) -> _Kept:
+        kept = cls([], [])
+        # The graph is kept as it is, whatever hooks there are on what the graph around it saves.
+        with torch.set_grad_enabled(graph), saved_tensors_hooks(_as_it_is, _as_it_is):
+            for piece in pieces:
+                kept.rows.append(rows.requires_grad_(graph))
+                kept.results.append(piece.compute(rows, counts, [weights[i] for i in piece.weights]))
+                rows = kept.results[-1].detach()
+        return kept
+
+    @property
+    def result(self) -> Tensor:
+        return self.results[-1].detach()
+
+
+class _Sums:
+    """Gradients of the weights, added up over chunks."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = weights
+        self.found: list[Tensor | None] = [None] * len(weights)
+
+    def wanted(self, piece: Piece) -> list[int]:
+        return [i for i in piece.weights if self.weights[i].requires_grad]
+
+    def add(self, indices: list[int], gradients: Sequence[Tensor]) -> None:
+        for i, gradient in zip(indices, gradients, strict=True):
+            known = self.found[i]
+            self.found[i] = gradient if known is None else known + gradient
 
 
 class Travel(torch.autograd.Function):
@@ -31,71 +86,94 @@ class Travel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, compute: Compute, strategy: Strategy, x_ND: Tensor, *weights: Tensor
-    ) -> Tensor:
-        chunks = exchange.chunks(strategy.degree)
-        keeps = strategy.keeps and any(ctx.needs_input_grad)
+        ctx: Any, exchange: Exchange, pieces: Sequence[Piece], degrees: tuple[int, int], recomputed: bool,
+        x_ND: Tensor, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        forward_degree, ctx.degree = degrees
+        ctx.keeps = forward_degree == ctx.degree and not recomputed
+        chunks = exchange.chunks(forward_degree)
+        keeps = ctx.keeps and any(ctx.needs_input_grad)
         leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
-        rows: dict[int, Tensor] = {}
-        results: dict[int, Tensor] = {}
-
-        def dispatch(k: int, _: None) -> Any:
-            return start_exchange(x_ND[chunks[k].rows], chunks[k].send, chunks[k].receive, exchange.group)
+        kept: dict[int, _Kept] = {}
 
         def experts(k: int, arrived: Tensor) -> Tensor:
-            rows[k] = arrived[chunks[k].order].requires_grad_(keeps)
-            # The chunk's graph is kept as it is, whatever hooks there are on what the graph around it saves.
-            with torch.set_grad_enabled(keeps), saved_tensors_hooks(_as_it_is, _as_it_is):
-                results[k] = compute(rows[k], chunks[k].counts, leaves)
-            return results[k].detach()
+            kept[k] = _Kept.of(pieces, arrived[chunks[k].order], chunks[k].counts, leaves, graph=keeps)
+            return chunks[k].unsorted(kept[k].result)
 
-        def combine(k: int, y: Tensor) -> Any:
-            return start_exchange(chunks[k].unsorted(y), chunks[k].receive, chunks[k].send, exchange.group)
-
-        y_ND = torch.empty_like(x_ND)
-        for k, back in run_chunks(range(len(chunks)), dispatch, experts, combine):
-            y_ND[chunks[k].rows] = back
-        ctx.exchange, ctx.compute, ctx.strategy, ctx.leaves = exchange, compute, strategy, leaves
+        y_ND = _travelled(x_ND, chunks, exchange, experts, range(len(chunks)))
+        ctx.exchange, ctx.pieces, ctx.leaves = exchange, pieces, leaves
         if keeps:
-            ctx.chunks, ctx.rows, ctx.results = chunks, rows, results
+            ctx.chunks, ctx.kept = chunks, kept
         elif any(ctx.needs_input_grad):
-            ctx.save_for_backward(_joined(chunks, rows, x_ND))
+            ctx.save_for_backward(_joined(chunks, {k: kept[k].rows[0] for k in kept}, x_ND))
         return y_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        exchange, (grad_ND,) = ctx.exchange, grads
-        wanted = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        sums: dict[int, Tensor] = {}
-        if ctx.strategy.keeps:
-            chunks = ctx.chunks
-            kept = {k: (ctx.rows[k], ctx.results[k]) for k in range(len(chunks))}
-        else:
-            chunks, kept = exchange.chunks(ctx.strategy.backward_degree), {}
-            (rows_MD,) = ctx.saved_tensors
-
-        def dispatch(k: int, _: None) -> Any:
-            return start_exchange(grad_ND[chunks[k].rows], chunks[k].send, chunks[k].receive, exchange.group)
+        exchange, pieces, sums = ctx.exchange, ctx.pieces, _Sums(ctx.leaves)
+        chunks = ctx.chunks if ctx.keeps else exchange.chunks(ctx.degree)
+        kept = ctx.kept if ctx.keeps else {}
+        # Read once: checkpointing of activations allows no more.
+        saved: tuple[Tensor, ...] = () if ctx.keeps else ctx.saved_tensors
+        fillers: deque[Callable[[], None]] = deque()
 
         def experts(k: int, arrived: Tensor) -> Tensor:
+            chunk = chunks[k]
             if k not in kept:
-                rows = rows_MD[chunks[k].arrived][chunks[k].order].requires_grad_()
-                with torch.enable_grad():
-                    kept[k] = rows, ctx.compute(rows, chunks[k].counts, ctx.leaves)
-            rows, result = kept.pop(k)
-            found = torch.autograd.grad(result, [rows, *wanted], arrived[chunks[k].order], materialize_grads=True)
-            for position, gradient in enumerate(found[1:]):
-                sums[position] = sums[position] + gradient if position in sums else gradient
-            return found[0]
+                rows_MD = saved[0][chunk.arrived]
+                kept[k] = _Kept.of(pieces, rows_MD[chunk.order], chunk.counts, ctx.leaves, graph=True)
+            gradient, later = _of_rows(pieces, kept.pop(k), arrived[chunk.order], sums)
+            fillers.extend(later)
+            return chunk.unsorted(gradient)
 
-        def combine(k: int, gradient: Tensor) -> Any:
-            return start_exchange(chunks[k].unsorted(gradient), chunks[k].receive, chunks[k].send, exchange.group)
+        grad_x_ND = _travelled(grads[0], chunks, exchange, experts, reversed(range(len(chunks))), fillers)
+        return None, None, None, None, grad_x_ND, *sums.found
 
-        grad_x_ND = torch.empty_like(grad_ND)
-        for k, back in run_chunks(reversed(range(len(chunks))), dispatch, experts, combine):
-            grad_x_ND[chunks[k].rows] = back
-        found = iter(sums[position] for position in range(len(wanted)))
-        return None, None, None, grad_x_ND, *(next(found) if leaf.requires_grad else None for leaf in ctx.leaves)
+
+def _travelled(
+    x_ND: Tensor, chunks: list[Chunk], exchange: Exchange, experts: Callable[[int, Tensor], Tensor],
+    order: Iterable[int], fillers: deque[Callable[[], None]] | None = None,
+) -> Tensor:  # fmt: skip
+    """Rows over the hops of the way there, through the experts, and back over the same hops."""
+
+    def there(hop: int, k: int, arrived: Tensor | None) -> Any:
+        return chunks[k].hops[hop].there(x_ND[chunks[k].rows] if arrived is None else arrived)
+
+    def back(hop: int, k: int, y_MD: Tensor) -> Any:
+        return chunks[k].hops[hop].back(y_MD)
+
+    hops = range(exchange.hops)
+    schedule = Schedule(
+        [partial(there, hop) for hop in hops], experts, [partial(back, hop) for hop in reversed(hops)],
+        deque() if fillers is None else fillers,
+    )  # fmt: skip
+    y_ND = torch.empty_like(x_ND)
+    for k, rows in schedule.run(order):
+        y_ND[chunks[k].rows] = rows
+    return y_ND
+
+
+def _of_rows(
+    pieces: Sequence[Piece], kept: _Kept, gradient: Tensor, sums: _Sums
+) -> tuple[Tensor, list[Callable[[], None]]]:
+    """The gradient of a chunk's rows, and what is left to do for those of the weights, if they can be had apart."""
+    later: list[Callable[[], None]] = []
+    for number, piece in reversed(list(enumerate(pieces))):
+        rows, result, wanted = kept.rows[number], kept.results[number], sums.wanted(piece)
+        apart = len(pieces) > 1 and bool(wanted)
+        inputs = [rows] if apart else [rows, *(sums.weights[i] for i in wanted)]
+        found = torch.autograd.grad(result, inputs, gradient, retain_graph=apart, materialize_grads=True)
+        if apart:
+            later.append(partial(_of_weights, result, wanted, gradient, sums))
+        else:
+            sums.add(wanted, found[1:])
+        gradient = found[0]
+    return gradient, later
+
+
+def _of_weights(result: Tensor, wanted: list[int], gradient: Tensor, sums: _Sums) -> None:
+    weights = [sums.weights[i] for i in wanted]
+    sums.add(wanted, torch.autograd.grad(result, weights, gradient, materialize_grads=True))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -104,7 +182,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def _joined(chunks: list[Chunk], rows: dict[int, Tensor], like: Tensor) -> Tensor:
     """The rows received, in the order of senders, of all chunks."""
-    joined = like.new_empty((sum(sum(chunk.receive) for chunk in chunks), *like.shape[1:]))
+    joined = like.new_empty((sum(len(part) for part in rows.values()), *like.shape[1:]))
     for k, chunk in enumerate(chunks):
         joined[chunk.arrived] = chunk.unsorted(rows[k])
     return joined

@@ -1,52 +1,129 @@
-"""How a mixture is computed: which way rows or experts travel, and in how many chunks."""
+"""How a mixture is computed: which way rows or experts travel, in how many chunks, and over which hops."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Protocol
 
-from trainrt.config import MoeConfig
+from trainrt.config import JobConfig, MeshSize, MoeConfig
 from trainrt.errors import PlanError
+from trainrt.parallel.mesh import spans_hosts
+from trainrt.parallel.moe.exchange import Counts
 from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.timing import Times
+
+DEGREES = (1, 2, 4, 8, 16)
+"""The numbers of chunks that are looked at where the config leaves them open."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Strategy:
     """r: 0 gathers experts, r >= 1 sends each row to r groups of ranks. degree, backward_degree: chunks on the way.
 
-    recomputed: what experts compute is not kept for backward but computed again, as where layers are.
+    hierarchical: rows go through the ranks of their own host first.
     """
 
     r: int = 1
     degree: int = 1
     backward_degree: int = 1
-    recomputed: bool = False
+    hierarchical: bool = False
 
-    @property
-    def keeps(self) -> bool:
-        """Whether backward finds what forward computed, chunk by chunk."""
-        return self.degree == self.backward_degree and not self.recomputed
-
-    @classmethod
-    def of(cls, config: MoeConfig, *, recomputed: bool = False) -> Strategy:
-        """What the config fixes; "auto" is one exchange in one piece, until strategies are measured."""
-        given = {key: getattr(config, key) for key in ("r", "degree", "backward_degree")}
-        chosen = {key: value for key, value in given.items() if value != "auto"}
-        return cls(**{"backward_degree": chosen.get("degree", 1), **chosen}, recomputed=recomputed)
-
-    def check(self, layout: ExpertLayout | None) -> None:
-        """Raises PlanError where experts so laid out cannot be computed so; None: they are not ours."""
-        if layout is None:
-            if self != PLAIN:
-                raise PlanError(
-                    f"moe.r = {self.r}, moe.degree = {self.degree}, moe.backward_degree = {self.backward_degree}: "
-                    f'for experts of a model that is not moe_lm allowed are "auto" and 1'
-                )
-        elif self.r not in layout.choices:
-            raise PlanError(
-                f"moe.r = {self.r} with {layout.experts} experts over parallel.ep = {layout.ranks}; "
-                f'allowed: "auto", {", ".join(map(str, layout.choices))}'
-            )
+    def __str__(self) -> str:
+        way = ", hierarchical" if self.hierarchical else ""
+        return f"r {self.r}, degree {self.degree}, backward degree {self.backward_degree}{way}"
 
 
 PLAIN = Strategy()
 """One exchange in one piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """The strategies that a job allows: those of a layout and of the hosts that ep spans, less what the config fixes."""
+
+    layout: ExpertLayout
+    hosts: bool
+    config: MoeConfig
+
+    @classmethod
+    def of(cls, config: JobConfig, layout: ExpertLayout, size: MeshSize) -> Lattice:
+        return cls(layout, spans_hosts(size, config.cluster.workers_per_node), config.moe)
+
+    def __iter__(self) -> Iterator[Strategy]:
+        config = self.config
+        rs = self.layout.choices if config.r == "auto" else [config.r]
+        degrees: Sequence[int] = DEGREES if config.degree == "auto" else [config.degree]
+        ways = {"auto": [False, True] if self.hosts else [False], "linear": [False], "hierarchical": [True]}
+        for r, degree, way in product(rs, degrees, ways[config.all_to_all]):
+            strategy = Strategy(r, degree, degree, way)
+            if config.backward_degree != "auto":
+                strategy = replace(strategy, backward_degree=config.backward_degree)
+            # What is gathered has no chunks and no way.
+            if r or (degree == degrees[0] and way == ways[config.all_to_all][0]):
+                yield strategy if r else PLAIN_GATHER
+
+    def check(self) -> None:
+        """Raises PlanError where the config asks for what the layout or the hosts do not allow."""
+        r, layout = self.config.r, self.layout
+        if r != "auto" and r not in layout.choices:
+            raise PlanError(
+                f"moe.r = {r} with {layout.experts} experts over parallel.ep = {layout.ranks}; "
+                f'allowed: "auto", {", ".join(map(str, layout.choices))}'
+            )
+        if self.config.all_to_all == "hierarchical" and not self.hosts:
+            raise PlanError(
+                f'moe.all_to_all = "hierarchical" with parallel.ep = {layout.ranks}: it takes several hosts with several '
+                f'ranks of ep on each (cluster.workers_per_node); allowed: "auto", "linear"'
+            )
+
+
+PLAIN_GATHER = Strategy(r=0)
+
+
+def check_listed(config: MoeConfig, name: str) -> None:
+    """Raises PlanError where the config asks for what a list of experts, which is always gathered, does not have."""
+    for key, allowed in (("r", ("auto", 0, 1)), ("degree", ("auto", 1)), ("backward_degree", ("auto", 1)),
+                         ("all_to_all", ("auto", "linear"))):  # fmt: skip
+        value = getattr(config, key)
+        if value not in allowed:
+            raise PlanError(
+                f"moe.{key} = {value}: {name} is a list of modules, which all ranks gather; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A strategy for one call of a mixture, and where its times go; None: they are not taken."""
+
+    strategy: Strategy
+    times: Times | None = None
+
+
+class Chooser(Protocol):
+    """Says how a mixture is computed, the same on all ranks of ep: from the rows of all ranks for all experts.
+
+    agreed: numbers on which what it says depends, the same on all ranks.
+    """
+
+    @property
+    def agreed(self) -> Sequence[int]: ...
+
+    def choose(self, count_WE: Counts) -> Choice: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Always the same strategy."""
+
+    strategy: Strategy = PLAIN
+
+    @property
+    def agreed(self) -> tuple[int, ...]:
+        s = self.strategy
+        return s.r, s.degree, s.backward_degree, int(s.hierarchical)
+
+    def choose(self, count_WE: Counts) -> Choice:
+        return Choice(self.strategy)

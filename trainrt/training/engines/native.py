@@ -25,45 +25,35 @@ from trainrt.events import ring
 from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
-from trainrt.parallel.mesh import Groups, coordinates, neighbours
-from trainrt.parallel.moe.experts import Experts, layout_of, local
-from trainrt.parallel.moe.parallel import spread_experts
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.mesh import Groups, coordinates
+from trainrt.parallel.moe.experts import local
+from trainrt.parallel.moe.tuner import Tuner
 from trainrt.parallel.norm import ExactNorm, PlainNorm, SquaredNorm
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.sharded.model import shard_model
 from trainrt.parallel.tree import Turn
+from trainrt.training.engines.mixtures import learn, spread_mixtures
 from trainrt.training.models.build import compute_dtype
 from trainrt.training.objectives import Loss, LossFunction, evaluate_loss
 from trainrt.training.optimizer import STATE_ROLES, learning_rate, make_optimizer
 
 
-def parallelize(model: nn.Module, plan: Plan, groups: Groups, *, config: JobConfig, turn: Turn | None) -> nn.Module:
-    """Tensor parallel -> expert parallel -> activation checkpointing -> FSDP, in that order.
+def parallelize(
+    model: nn.Module, plan: Plan, groups: Groups, *, config: JobConfig, turn: Turn | None
+) -> tuple[nn.Module, list[Tuner]]:
+    """Tensor parallel -> expert parallel -> activation checkpointing -> FSDP, in that order. Returns what tunes mixtures, too.
 
     With a `turn`, sums over leaves have one order on every mesh of the same tp and ep.
     """
     blocks = find_blocks(model)
     if groups.size.tp > 1:
         shard_model(model, plan.splits(), groups.dense["tp"], sequence=plan.sequence)
-    strategy = Strategy.of(config.moe, recomputed=config.model.activation_checkpointing)
-    spread = _spread(model, plan, groups, strategy) if groups.experts is not None else []
+    spread, tuners = spread_mixtures(model, plan, groups, config)
     if config.model.activation_checkpointing:
         for block in blocks or ():
             checkpoint(block)
     apply_fsdp(model, blocks, groups, experts=spread, compute=compute_dtype(config), turn=turn)
-    return model
-
-
-def _spread(model: nn.Module, plan: Plan, groups: Groups, strategy: Strategy) -> list[nn.Module]:
-    """Experts over ep, and the group in which slices of an expert are gathered under the strategy."""
-    assert groups.experts is not None
-    own = [module for module in model.modules() if isinstance(module, Experts)]
-    slices = None
-    if own and strategy.r:
-        layout = layout_of(own[0], None, plan.mesh.ep)
-        slices = neighbours(plan.mesh, groups.device, layout.slices // strategy.r)
-    return spread_experts(model, plan.experts, groups.experts["ep"], groups.tp, strategy, slices)
+    return model, tuners
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +95,7 @@ class NativeEngine:
         deterministic = config.run.deterministic
         self._turn = Turn() if deterministic else None
         self._norm: SquaredNorm = ExactNorm() if deterministic else PlainNorm()
-        self.model = parallelize(model, plan, groups, config=config, turn=self._turn)
+        self.model, self.tuners = parallelize(model, plan, groups, config=config, turn=self._turn)
         self.where = coordinates(plan.mesh, rank)
         self.data_rank = self.where["dp"] * plan.mesh.fsdp + self.where["fsdp"]
         self.sharded = dict(self.model.named_parameters())
@@ -165,6 +155,7 @@ class NativeEngine:
             before_update()
             self._update(gradients, rate, total=total, norm=norm)
         self.model.zero_grad()
+        learn(self.tuners, self.groups.device)
         auxiliary = {
             name: sum(a * w for a, w in zip(numbers.column(name, leaves), weights, strict=True)) / total for name in names
         } if finite else {}  # fmt: skip

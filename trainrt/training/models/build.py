@@ -149,3 +149,10 @@ def _pretrained(config: JobConfig) -> nn.Module:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def hidden_size_of(config: JobConfig, model: nn.Module) -> int:
+    """The width of the model's residual stream, 0 where it does not say."""
+    if config.model.kind == "moe_lm":
+        return config.moe_lm.hidden_size
+    return int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)

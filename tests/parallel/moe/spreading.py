@@ -1,0 +1,21 @@
+"""Experts of a model spread over all ranks of the test's group, as an engine does it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trainrt.parallel.moe.strategy import PLAIN, Strategy
+
+
+def spread(model: nn.Module, name: str, ranks: int, strategy: Strategy = PLAIN) -> None:
+    """Leave this rank its part of the experts `name`, which are computed by one strategy."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from trainrt.config import MeshSize
+    from trainrt.parallel.mesh import make_expert_groups
+    from trainrt.parallel.moe.parallel import spread_experts
+    from trainrt.parallel.moe.strategy import Fixed
+
+    mesh = init_device_mesh("cpu", (ranks,))
+    groups = make_expert_groups(MeshSize(fsdp=ranks, ep=ranks), mesh, widths=[1], places=1)
+    spread_experts(model, {name: None}, mesh, groups, chooser=lambda module, layout: Fixed(strategy))

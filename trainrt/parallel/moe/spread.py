@@ -1,0 +1,104 @@
+"""A mixture whose experts are spread over ranks: what one call of it does, whoever's experts they are.
+
+Legend: N rows, D width, E experts, W ranks of ep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
+from trainrt.parallel.mesh import ExpertGroups
+from trainrt.parallel.moe.exchange import Counts, Exchange, gather_counts
+from trainrt.parallel.moe.flex import GatherSlices, Piece, Travel
+from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.strategy import Chooser, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Over which ranks experts are spread, and who says how rows or weights travel.
+
+    tp: the ranks that call with the same rows. recomputed: what experts compute is not kept for backward but computed again,
+    as where layers are.
+    """
+
+    layout: ExpertLayout
+    groups: ExpertGroups
+    tp: dist.ProcessGroup | None
+    chooser: Chooser
+    recomputed: bool
+
+    def mix(
+        self, x_ND: Tensor, count_E: Tensor, pieces: Sequence[Piece], weights: Sequence[Tensor], inner: Sequence[int]
+    ) -> Tensor:
+        """Rows sorted by expert through their experts. `weights`: what is held here, and along which dimension slices cut it."""
+        if self.tp is None:
+            return self._timed(x_ND, count_E, pieces, weights, inner)
+        # Each of the ranks with the same rows sends its share of them.
+        tp = self.tp
+        expert_N = torch.arange(len(count_E), device=count_E.device).repeat_interleave(count_E)
+        mine_N = torch.arange(tp.rank(), len(expert_N), tp.size(), device=count_E.device)
+        count_E = torch.bincount(expert_N[mine_N], minlength=len(count_E))
+        x_ND = CopyToGroup.apply(x_ND, tp)
+        y_ND = self._timed(x_ND[mine_N], count_E, pieces, weights, inner)
+        whole_ND = y_ND.new_zeros(len(x_ND), *y_ND.shape[1:])
+        return ReduceFromGroup.apply(whole_ND.index_copy(0, mine_N, y_ND), tp)
+
+    def _timed(
+        self, x_ND: Tensor, count_E: Tensor, pieces: Sequence[Piece], weights: Sequence[Tensor], inner: Sequence[int]
+    ) -> Tensor:
+        count_WE = gather_counts(count_E, self.groups.ep, agreed=self.chooser.agreed)
+        choice = self.chooser.choose(count_WE)
+
+        def compute(x_ND: Tensor) -> Tensor:
+            return self._mixed(choice.strategy, x_ND, count_WE, pieces, weights, inner)
+
+        return compute(x_ND) if choice.times is None else choice.times.take(compute, x_ND)
+
+    def _mixed(
+        self, strategy: Strategy, x_ND: Tensor, count_WE: Counts, pieces: Sequence[Piece],
+        weights: Sequence[Tensor], inner: Sequence[int],
+    ) -> Tensor:  # fmt: skip
+        layout, groups = self.layout, self.groups
+        if strategy.r == 0:
+            whole = [_gathered(w, dim, layout, groups.ep) for w, dim in zip(weights, inner, strict=True)]
+            return through(pieces, x_ND, count_WE[groups.ep.rank()].tolist(), whole)
+        slices = groups.neighbours[layout.slices // strategy.r]
+        if slices is not None:
+            weights = [GatherSlices.apply(weight, dim, slices) for weight, dim in zip(weights, inner, strict=True)]
+        exchange = Exchange.plan(
+            count_WE, layout, groups, device=x_ND.device, r=strategy.r, hierarchical=strategy.hierarchical
+        )
+        degrees = strategy.degree, strategy.backward_degree
+        if exchange.source is None:
+            return Travel.apply(exchange, pieces, degrees, self.recomputed, x_ND, *weights)
+        y_ND = Travel.apply(exchange, pieces, degrees, self.recomputed, x_ND[exchange.source], *weights)
+        return torch.zeros_like(x_ND).index_add(0, exchange.source, y_ND)
+
+
+def through(pieces: Sequence[Piece], x_ND: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
+    """Rows sorted by expert through all pieces of their experts."""
+    for piece in pieces:
+        x_ND = piece.compute(x_ND, counts, [weights[i] for i in piece.weights])
+    return x_ND
+
+
+def _gathered(held: Tensor, inner: int, layout: ExpertLayout, ep: dist.ProcessGroup) -> Tensor:
+    """The weights of all experts, stacked, from what each rank holds; `inner` is the dimension that slices cut."""
+    if layout.slices > 1:
+        slices = GatherSlices.apply(held, 0, ep).unflatten(0, (layout.experts, layout.slices))
+        return slices.movedim(1, inner).flatten(inner, inner + 1)
+    rows = len(held) // layout.here(ep.rank())
+    most = max(layout.here(rank) for rank in range(layout.ranks)) * rows
+    short = most - len(held)
+    stacked = GatherSlices.apply(torch.cat((held, held.new_zeros(short, *held.shape[1:]))) if short else held, 0, ep)
+    if layout.experts * rows == most * layout.ranks:
+        return stacked
+    there = [rank * most + i for rank in range(layout.ranks) for i in range(layout.here(rank) * rows)]
+    return stacked[torch.tensor(there, device=held.device)]

@@ -1,0 +1,70 @@
+"""How long a mixture takes, forward and backward, on the clock of its device.
+
+All ranks of a mixture start together where it is timed: forward after they exchanged their counts, backward after a barrier of
+its own. So the longest time of all ranks is that of the mixture.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Stopwatch:
+    """Seconds from `start` to `stop`, of what was asked of a device in between. On a GPU the host does not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._moments: list[Any] = []
+
+    def mark(self) -> None:
+        if self._cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+            self._moments.append(moment)
+        else:
+            self._moments.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Between the first two marks. Waits for them on a GPU."""
+        start, stop = self._moments[:2]
+        if self._cuda:
+            stop.synchronize()
+            return float(start.elapsed_time(stop)) / 1e3
+        return float(stop - start)
+
+
+@dataclass(slots=True)
+class Times:
+    """The watches of a step for one kind of call. group: the ranks that start together in backward."""
+
+    group: dist.ProcessGroup
+    forward: list[Stopwatch] = field(default_factory=list)
+    backward: list[Stopwatch] = field(default_factory=list)
+
+    def take(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What `compute` makes of `x`, timed; backward from the gradient of the result to that of `x`."""
+        forward, backward = Stopwatch(x.device), Stopwatch(x.device)
+        forward.mark()
+        y = compute(x)
+        forward.mark()
+        self.forward.append(forward)
+        if y.requires_grad and x.requires_grad:
+
+            def begins(_: Tensor) -> None:
+                dist.all_reduce(torch.zeros(1, device=x.device), group=self.group)
+                backward.mark()
+
+            def ends(_: Tensor) -> None:
+                backward.mark()
+                self.backward.append(backward)
+
+            y.register_hook(begins)
+            x.register_hook(ends)
+        return y

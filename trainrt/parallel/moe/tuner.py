@@ -1,0 +1,263 @@
+"""The dictionary from loads to strategies, filled while training (Tutel, MLSys'23, sections 3.2 and 3.3).
+
+Loads fall into buckets. For a new one the cost model names few candidates; these are tried in turn, step by step, in training
+itself, until one is the fastest with confidence. What was measured refines the cost model, which then names better candidates
+for the next bucket. A strategy that has become slower than it was is tried against others again.
+
+Ranks agree by construction: a bucket follows from the rows of all ranks, the times of all ranks are gathered once a step, and
+rates are fitted by one rank for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import NormalDist, mean, median, variance
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainrt.parallel.moe.cost import Key, Observation, Rates, Sizes, fit, predict
+from trainrt.parallel.moe.exchange import Counts
+from trainrt.parallel.moe.strategy import Choice, Strategy
+from trainrt.parallel.moe.timing import Times
+
+ROOM = 16
+"""Buckets of one step whose times are gathered; further ones run, unmeasured."""
+FEWEST, MOST = 3, 10
+"""Times of a candidate before it may lose or win, and after which the faster one wins in any case."""
+CONFIDENCE = 0.95
+PAPER_DEGREES = 4
+"""Tutel tries each of 4 degrees with each all-to-all (section 3.3)."""
+SHARE_OF_TRIALS = 0.25
+DRIFT, WINDOW = 1.3, 8
+"""The median of so many times is larger or smaller by this factor than when the strategy was chosen: it is tried again."""
+WORTH = 0.9
+"""A strategy that was not tried is worth it where it is predicted to take this share of the chosen one's time."""
+COLUMNS = 6
+
+
+@dataclass(slots=True)
+class Entry:
+    """What is known of one bucket. samples: seconds of both passes by strategy, while candidates are compared.
+
+    usual, recent: of the chosen one, when it was chosen and lately.
+    """
+
+    candidates: list[Strategy]
+    samples: dict[Strategy, list[tuple[float, float]]] = field(default_factory=dict)
+    tried: set[Strategy] = field(default_factory=set)
+    chosen: Strategy | None = None
+    confidence: float = 0.0
+    usual: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    why: str = "predicted"
+
+    @property
+    def current(self) -> Strategy:
+        """What runs in the next step: the chosen one, or the candidate with the fewest times."""
+        return self.chosen or min(self.candidates, key=lambda s: len(self.samples.get(s, ())))
+
+
+class Tuner:
+    """A chooser (strategy.py) that learns. One serves all mixtures of the same sizes.
+
+    recomputed: experts are computed again for backward in any case.
+    """
+
+    def __init__(
+        self, strategies: Sequence[Strategy], sizes: Sizes, rates: Rates, group: dist.ProcessGroup, *, recomputed: bool
+    ) -> None:
+        self.strategies, self.sizes, self.rates, self.group = list(strategies), sizes, rates, group
+        self.recomputed = recomputed
+        self.entries: dict[Key, Entry] = {}
+        self.history: list[Observation] = []
+        self.calls: Counter[Strategy] = Counter()
+        self._fitted_at = self._version = 0
+        self._step: dict[Key, Choice] = {}
+
+    @property
+    def agreed(self) -> tuple[int]:
+        return (self._version,)
+
+    def choose(self, count_WE: Counts) -> Choice:
+        """The strategy of a call. It is the same for a bucket for the whole of a step, so that what is computed again for
+        backward is computed the same way."""
+        key = self.sizes.key(count_WE)
+        choice = self._step.get(key)
+        if choice is None:
+            entry = self.entries.get(key)
+            strategy = entry.current if entry is not None else self._best(key)[0]
+            choice = Choice(strategy, Times(self.group) if len(self._step) < ROOM else None)
+            self._step[key] = choice
+        self.calls[choice.strategy] += 1
+        return choice
+
+    def _best(self, key: Key) -> list[Strategy]:
+        """All strategies, the one that is predicted to be fastest first."""
+        return sorted(self.strategies, key=lambda s: (self.predicted(key, s), s))
+
+    def predicted(self, key: Key, strategy: Strategy) -> float:
+        """Seconds of both passes."""
+        return sum(predict(key, strategy, self.sizes, self.rates, recomputed=self.recomputed))
+
+    # Once a step.
+
+    def observed(self, device: torch.device) -> Tensor:
+        """This rank's step, (ROOM, COLUMNS) of float64: bucket, strategy, mean seconds forward and backward, calls."""
+        table = torch.zeros((ROOM, COLUMNS), dtype=torch.float64)
+        timed = [
+            (key, choice) for key, choice in self._step.items() if choice.times is not None and choice.times.backward
+        ]
+        for row, (key, choice) in zip(table, timed, strict=False):
+            assert choice.times is not None
+            forward, backward = (
+                [w.seconds() for w in watches] for watches in (choice.times.forward, choice.times.backward)
+            )
+            index = self.strategies.index(choice.strategy)
+            row[:] = torch.tensor([*key, index, mean(forward), mean(backward), len(backward)], dtype=torch.float64)
+        self._step.clear()
+        return table.to(device)
+
+    def learn(self, tables: Tensor) -> None:
+        """What all ranks observed, (ranks, ROOM, COLUMNS). Every rank calls this with the same tables."""
+        found: dict[tuple[Key, int], tuple[float, float]] = {}
+        for first, second, index, forward, backward, calls in tables.flatten(0, 1).tolist():
+            if calls:
+                at = (int(first), int(second)), int(index)
+                known = found.get(at, (0.0, 0.0))
+                found[at] = max(known[0], forward), max(known[1], backward)
+        opened = False
+        for (key, index), seconds in sorted(found.items()):
+            strategy = self.strategies[index]
+            entry = self.entries.get(key)
+            if entry is None:
+                entry = self.entries[key] = Entry(self._candidates(key))
+            if entry.chosen is None:
+                entry.samples.setdefault(strategy, []).append(seconds)
+                entry.tried.add(strategy)
+                opened |= self._compare(key, entry)
+            elif strategy == entry.chosen:
+                self._watch(entry, key, sum(seconds))
+        if opened:
+            self._refine()
+        self._version += 1
+
+    def _candidates(self, key: Key) -> list[Strategy]:
+        best = self._best(key)
+        return best[: max(1, min(self._allowance(1), 2))] if len(best) > 1 else best
+
+    def _allowance(self, new: int) -> int:
+        """How many strategies may still be tried, with so many new buckets."""
+        ways = len({s.hierarchical for s in self.strategies})
+        paper = len({s.r for s in self.strategies}) * PAPER_DEGREES * ways
+        spent = sum(max(len(entry.tried), len(entry.candidates)) for entry in self.entries.values())
+        return math.floor(SHARE_OF_TRIALS * paper * (len(self.entries) + new)) - spent
+
+    def _compare(self, key: Key, entry: Entry) -> bool:
+        """Drop candidates that are slower with confidence; choose the last. Whether one was chosen."""
+        times = {s: [math.log(sum(t)) for t in entry.samples.get(s, ())] for s in entry.candidates}
+        if min(map(len, times.values())) < FEWEST:
+            return False
+        best = min(times, key=lambda s: (median(times[s]), s))
+        for other in list(entry.candidates):
+            if other != best:
+                entry.confidence = _confidence(times[best], times[other])
+                if entry.confidence >= CONFIDENCE or len(times[other]) >= MOST:
+                    entry.candidates.remove(other)
+        if len(entry.candidates) > 1:
+            return False
+        entry.chosen, entry.why = best, "measured" if len(times) > 1 else "predicted"
+        entry.usual, entry.recent = math.exp(median(times[best])), []
+        for strategy, seconds in entry.samples.items():
+            forward, backward = (median(column) for column in zip(*seconds, strict=True))
+            self.history.append(Observation(key, strategy, forward, backward))
+        return True
+
+    def _watch(self, entry: Entry, key: Key, seconds: float) -> None:
+        entry.recent = [*entry.recent, seconds][-WINDOW:]
+        drift = median(entry.recent) / entry.usual
+        if len(entry.recent) == WINDOW and not 1 / DRIFT < drift < DRIFT:
+            self._reopen(key, entry, f"drifted by a factor of {drift:.2f}")
+
+    def _reopen(self, key: Key, entry: Entry, why: str) -> None:
+        assert entry.chosen is not None
+        others = [s for s in self._best(key) if s != entry.chosen][:1]
+        entry.candidates, entry.samples = [entry.chosen, *others], {}
+        entry.chosen, entry.why, entry.recent = None, why, []
+
+    def _refine(self) -> None:
+        """Fit the rates where there is enough that is new, and try what they say is better than what was chosen."""
+        if len(self.history) < max(4, 1.25 * self._fitted_at):
+            return
+        self._fitted_at = len(self.history)
+        box = [
+            fit(self.history[-256:], self.sizes, self.rates, recomputed=self.recomputed)
+            if dist.get_rank() == 0
+            else None
+        ]
+        dist.broadcast_object_list(box, 0)
+        assert box[0] is not None
+        self.rates = box[0]
+        for key, entry in self.entries.items():
+            best = self._best(key)[0]
+            if entry.chosen is None or best in entry.tried or self._allowance(0) < 1:
+                continue
+            if self.predicted(key, best) < WORTH * self.predicted(key, entry.chosen):
+                self._reopen(key, entry, "another one is predicted to be faster")
+                entry.tried.add(best)
+
+    # What outlives the process.
+
+    @property
+    def trials(self) -> tuple[int, int]:
+        """Strategies tried, over all buckets, and those that trying each degree with each r and all-to-all would have taken."""
+        ways = len({s.hierarchical for s in self.strategies})
+        paper = len({s.r for s in self.strategies}) * PAPER_DEGREES * ways
+        return sum(len(entry.tried) for entry in self.entries.values()), paper * len(self.entries)
+
+    def to_json(self) -> dict[str, Any]:
+        """The dictionary, the rates and what they were fitted to."""
+        chosen = [
+            {"bucket": list(key), "strategy": asdict(entry.chosen), "confidence": entry.confidence, "seconds": entry.usual,
+             "why": entry.why, "tried": [asdict(s) for s in sorted(entry.tried)]}
+            for key, entry in sorted(self.entries.items()) if entry.chosen is not None
+        ]  # fmt: skip
+        history = [
+            {"bucket": list(o.key), "strategy": asdict(o.strategy), "forward": o.forward, "backward": o.backward}
+            for o in self.history[-256:]
+        ]
+        return {"rates": asdict(self.rates), "chosen": chosen, "history": history}
+
+    def restore(self, document: dict[str, Any]) -> None:
+        """Know what an earlier incarnation knew, as far as this one's strategies allow."""
+        self.rates = Rates(**document["rates"])
+        for item in document["chosen"]:
+            strategy = Strategy(**item["strategy"])
+            if strategy in self.strategies:
+                tried = {Strategy(**s) for s in item["tried"]}
+                known = {key: item[key] for key in ("confidence", "why")}
+                self.entries[_key(item)] = Entry(
+                    [strategy], tried=tried, chosen=strategy, usual=item["seconds"], **known
+                )
+        for item in document["history"]:
+            self.history.append(
+                Observation(_key(item), Strategy(**item["strategy"]), item["forward"], item["backward"])
+            )
+        self._fitted_at = len(self.history)
+
+
+def _key(item: dict[str, Any]) -> Key:
+    first, second = item["bucket"]
+    return first, second
+
+
+def _confidence(faster: list[float], slower: list[float]) -> float:
+    """That the mean of logarithms of the first is the smaller one."""
+    spread = math.sqrt(variance(faster) / len(faster) + variance(slower) / len(slower))
+    difference = mean(slower) - mean(faster)
+    return NormalDist().cdf(difference / spread) if spread else float(difference > 0)
