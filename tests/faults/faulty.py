@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,9 @@ class FaultyRun(Run):
         for role in order:
             for entry in entries:
                 if entry["node"] in nodes and entry["role"] == role:
-                    os.kill(entry["pid"], signal.SIGKILL)
+                    # A worker may have gone with its agent.
+                    with suppress(ProcessLookupError):
+                        os.kill(entry["pid"], signal.SIGKILL)
 
     def rot(self, node: str, kind: str) -> None:
         """Flip a bit in the middle of every slot (of `rank`s or `parity`) on a node. Nobody may be writing there."""

@@ -16,6 +16,7 @@ from tests.parallel.architectures import FAMILIES, batch, loss, model
 from tests.ranks import run_ranks
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.exchange import Chunk
+from trainrt.parallel.moe.strategy import PLAIN, Strategy
 from trainrt.parallel.planner.probe import Blueprint, hollow
 from trainrt.parallel.sharded.owners import Owners, Split
 from trainrt.parallel.sharded.tensor import Axis
@@ -25,7 +26,10 @@ WHOLE = {("vit", 4): 0.14}
 """What is not cut, where it is more than a tenth: the small model's patches and positions, which the residual reads whole."""
 
 SHORT = ["qwen3", "falcon_mqa", "t5", "deepseek_v2", "gpt_oss", "mamba"]
+STRATEGIES = [PLAIN, Strategy(r=0), Strategy(1, 2, 4), Strategy(1, 2, 2)]
 MIXTURES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx"]
+SPREAD = [(family, strategy) for family in MIXTURES for strategy in STRATEGIES]
+FEW = [("mixtral", STRATEGIES[0]), ("mixtral", STRATEGIES[1]), ("gpt_oss", STRATEGIES[2]), ("dbrx", STRATEGIES[0])]
 
 
 def blueprint(family: str) -> Blueprint:
@@ -57,16 +61,21 @@ def split(rank: int, family: str, ranks: int, spoil: str = "") -> Verdict:
     return compare_split(plan, sharding, init_device_mesh("cpu", (ranks,)))
 
 
-def spread(rank: int, family: str, spoil: bool = False) -> Verdict:
+def spread(rank: int, family: str, strategy: Strategy = PLAIN, spoil: bool = False) -> tuple[Verdict, float]:
+    """The verdict, and the share of the model that is experts."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from trainrt.parallel.planner.experts import find_experts
+    from trainrt.parallel.planner.experts import experts_of, find_experts
     from trainrt.parallel.verify import compare_experts
 
     if spoil:
         Chunk.unsorted = lambda self, y: y  # type: ignore[method-assign]
     plan = blueprint(family)
-    return compare_experts(plan, find_experts(plan), init_device_mesh("cpu", (2,)))
+    forms = find_experts(plan)
+    made = plan.make()
+    experts = sum(p.numel() for name in experts_of(made, forms) for p in made.get_submodule(name).parameters())
+    share = experts / sum(p.numel() for p in made.parameters())
+    return compare_experts(plan, forms, init_device_mesh("cpu", (2,)), strategy), share
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.campaign)])
@@ -77,16 +86,16 @@ def test_tensor_parallelism_is_the_single_process(family: str, ranks: int) -> No
     assert verdict.held <= 1 / ranks + WHOLE.get((family, ranks), 0.1)
 
 
-@pytest.mark.parametrize("family", cases(MIXTURES, ["mixtral", "dbrx"]))
-def test_experts_of_any_mixture_are_spread(family: str) -> None:
-    verdict = run_ranks(2, spread, family)[0]
+@pytest.mark.parametrize("case", cases(SPREAD, FEW), ids=lambda case: f"{case[0]}: {case[1]}")
+def test_experts_of_any_mixture_are_spread(case: tuple[str, Strategy]) -> None:
+    verdict, share = run_ranks(2, spread, *case)[0]
     assert verdict.right, verdict
-    assert verdict.held < 0.75
+    assert verdict.held == pytest.approx(1 - share / 2) and share > 0.2
 
 
 def test_rows_that_come_back_in_another_order_are_noticed() -> None:
     """Negative control for the exchange."""
-    assert not run_ranks(2, spread, "mixtral", True)[0].right
+    assert not run_ranks(2, spread, "mixtral", PLAIN, True)[0][0].right
 
 
 def test_a_plan_that_does_not_fit_is_slow_and_not_wrong() -> None:

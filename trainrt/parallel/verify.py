@@ -19,6 +19,7 @@ from trainrt.parallel.mesh import make_expert_groups
 from trainrt.parallel.moe.experts import layout_of, local
 from trainrt.parallel.moe.form import Form, ListedExperts
 from trainrt.parallel.moe.parallel import share_of, spread_experts
+from trainrt.parallel.moe.strategy import PLAIN, Fixed, Strategy
 from trainrt.parallel.planner.experts import experts_of
 from trainrt.parallel.planner.probe import Blueprint, small_model
 from trainrt.parallel.planner.sharding import Sharding
@@ -46,7 +47,9 @@ def compare_split(blueprint: Blueprint, sharding: Sharding, mesh: DeviceMesh) ->
     return _compare(blueprint, divide, mesh)
 
 
-def compare_experts(blueprint: Blueprint, forms: Mapping[str, Form], mesh: DeviceMesh) -> Verdict:
+def compare_experts(
+    blueprint: Blueprint, forms: Mapping[str, Form], mesh: DeviceMesh, strategy: Strategy = PLAIN
+) -> Verdict:
     """Expert parallelism: all ranks run the same batch, so experts get what they would in one process, from each of them."""
 
     def divide(model: nn.Module) -> Divided:
@@ -54,7 +57,8 @@ def compare_experts(blueprint: Blueprint, forms: Mapping[str, Form], mesh: Devic
         layouts = {name: layout_of(model.get_submodule(name), form, mesh.size()) for name, form in modules.items()}
         widths = sorted({layout.slices for layout in layouts.values()})
         world = MeshSize(fsdp=mesh.size(), ep=mesh.size())
-        spread_experts(model, modules, mesh, make_expert_groups(world, mesh, widths=widths, places=1))
+        groups = make_expert_groups(world, mesh, widths=widths, places=1)
+        spread_experts(model, modules, mesh, groups, chooser=lambda *_: Fixed(strategy))
         place = mesh.get_local_rank()
         parts: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, form in modules.items():

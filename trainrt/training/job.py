@@ -23,6 +23,7 @@ from trainrt.parallel.mesh import Groups, make_groups
 from trainrt.parallel.plan import Plan
 from trainrt.run_dir import RunDir
 from trainrt.training.data import collate, open_corpus
+from trainrt.training.engines.mixtures import recall
 from trainrt.training.engines.native import NativeEngine
 from trainrt.training.integrity import Integrity
 from trainrt.training.manifest import constant_metadata
@@ -97,6 +98,7 @@ class Job:
         if source is not None:
             load_state(engine, source, report=report)
             done, engine.updates = progress_of(source)
+            recall(engine.tuners, strategies_of(source))
         snapshotter = Snapshotter(engine)
         store = connect_store(spec, snapshotter)
         clock.phase("restore")
@@ -170,6 +172,12 @@ def progress_of(source: Any) -> tuple[int, int]:
         manifest = source.manifest
         return manifest["step"], max(manifest["optimizer"]["steps"].values(), default=0)
     return source.metadata["step"], source.metadata["updates"]
+
+
+def strategies_of(source: Any) -> list[dict[str, Any]]:
+    """What was learned of strategies for mixtures when the state was saved."""
+    known = source.manifest if isinstance(source, Universal) else source.metadata
+    return known.get("mixtures") or []
 
 
 def connect_store(spec: Spec, snapshotter: Snapshotter) -> SnapshotClient | None:

@@ -14,6 +14,7 @@ from trainrt.parallel.cost import PEAK_FLOPS, flops_per_token
 from trainrt.run_dir import append_line
 from trainrt.training.control import Control
 from trainrt.training.data import digest_batch, logical_shards, sample_ids
+from trainrt.training.engines.mixtures import said
 from trainrt.training.engines.native import StepResult
 from trainrt.training.job import Job
 from trainrt.training.manifest import step_metadata
@@ -206,8 +207,17 @@ def metrics_line(
         "snapshot_stall_seconds": stall.seconds, "snapshots_skipped": job.snapshots.skipped,
         "snapshot_every": job.snapshots.interval.every,
         "samples_digest": samples_digest(result.leaf_digests), "incarnation": job.spec.incarnation,
-        "world_size": job.spec.world_size, "time": time.time(), **result.auxiliary,
+        "world_size": job.spec.world_size, "time": time.time(), **result.auxiliary, **strategies(job),
     }  # fmt: skip
+
+
+def strategies(job: Job) -> dict[str, Any]:
+    """How mixtures were computed on rank 0 and why, where more than one way is open."""
+    tuners = job.engine.tuners
+    if not tuners:
+        return {}
+    tried, exhaustive = (sum(column) for column in zip(*(tuner.trials for tuner in tuners), strict=True))
+    return {"moe_strategies": said(tuners), "moe_trials": tried, "moe_trials_exhaustive": exhaustive}
 
 
 def follow_checkpoints(job: Job, control: Control) -> None:

@@ -25,7 +25,8 @@ def constant_metadata(run_id: str, config: JobConfig, *, pipeline: Pipeline, pla
 
 
 def step_metadata(engine: NativeEngine, step: int, *, steps: int, corpus_digest: str | None) -> dict[str, Any]:
-    """The part that changes: the optimizer's groups and steps, the scheduler, the data cursor."""
+    """The part that changes: the optimizer's groups and steps, the scheduler, the data cursor, what was learned of
+    strategies for mixtures."""
     config, updates = engine.config, engine.updates
     logical = {parameter.name: [part.name for part in parameter.parts] for parameter in engine.plan.parameters}
     return {
@@ -46,4 +47,5 @@ def step_metadata(engine: NativeEngine, step: int, *, steps: int, corpus_digest:
             "next_sample": step * config.data.global_batch,
             "corpus_digest": corpus_digest,
         },
+        "mixtures": [tuner.to_json() for tuner in engine.tuners],
     }

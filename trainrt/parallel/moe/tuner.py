@@ -39,6 +39,8 @@ DRIFT, WINDOW = 1.3, 8
 WORTH = 0.9
 """A strategy that was not tried is worth it where it is predicted to take this share of the chosen one's time."""
 COLUMNS = 6
+HISTORY = 64
+"""Observations that rates are fitted to, the newest."""
 
 
 @dataclass(slots=True)
@@ -55,7 +57,14 @@ class Entry:
     confidence: float = 0.0
     usual: float = 0.0
     recent: list[float] = field(default_factory=list)
-    why: str = "predicted"
+    why: str = "new"
+
+    @property
+    def reason(self) -> str:
+        """Why the current strategy runs."""
+        if self.chosen is None:
+            return f"tried: {self.why}"
+        return f"{self.why}, confidence {self.confidence:.2f}" if self.confidence else self.why
 
     @property
     def current(self) -> Strategy:
@@ -76,7 +85,8 @@ class Tuner:
         self.recomputed = recomputed
         self.entries: dict[Key, Entry] = {}
         self.history: list[Observation] = []
-        self.calls: Counter[Strategy] = Counter()
+        self.calls: Counter[tuple[Strategy, str]] = Counter()
+        self.last: Counter[tuple[Strategy, str]] = Counter()
         self._fitted_at = self._version = 0
         self._step: dict[Key, Choice] = {}
 
@@ -94,7 +104,8 @@ class Tuner:
             strategy = entry.current if entry is not None else self._best(key)[0]
             choice = Choice(strategy, Times(self.group) if len(self._step) < ROOM else None)
             self._step[key] = choice
-        self.calls[choice.strategy] += 1
+        entry = self.entries.get(key)
+        self.calls[choice.strategy, "new" if entry is None else entry.reason] += 1
         return choice
 
     def _best(self, key: Key) -> list[Strategy]:
@@ -131,6 +142,7 @@ class Tuner:
                 at = (int(first), int(second)), int(index)
                 known = found.get(at, (0.0, 0.0))
                 found[at] = max(known[0], forward), max(known[1], backward)
+        self.last, self.calls = self.calls, Counter()
         opened = False
         for (key, index), seconds in sorted(found.items()):
             strategy = self.strategies[index]
@@ -196,7 +208,7 @@ class Tuner:
             return
         self._fitted_at = len(self.history)
         box = [
-            fit(self.history[-256:], self.sizes, self.rates, recomputed=self.recomputed)
+            fit(self.history[-HISTORY:], self.sizes, self.rates, recomputed=self.recomputed)
             if dist.get_rank() == 0
             else None
         ]
@@ -229,9 +241,9 @@ class Tuner:
         ]  # fmt: skip
         history = [
             {"bucket": list(o.key), "strategy": asdict(o.strategy), "forward": o.forward, "backward": o.backward}
-            for o in self.history[-256:]
+            for o in self.history[-HISTORY:]
         ]
-        return {"rates": asdict(self.rates), "chosen": chosen, "history": history}
+        return {"sizes": asdict(self.sizes), "rates": asdict(self.rates), "chosen": chosen, "history": history}
 
     def restore(self, document: dict[str, Any]) -> None:
         """Know what an earlier incarnation knew, as far as this one's strategies allow."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -62,6 +65,22 @@ def learn(tuners: list[Tuner], device: torch.device) -> None:
     with ring.span("tune_mixtures", kind="other"):
         for tuner in tuners:
             tuner.learn(all_gather(tuner.observed(device), dist.distributed_c10d._get_default_group()).cpu())
+
+
+def recall(tuners: list[Tuner], documents: list[dict[str, Any]]) -> None:
+    """What was learned before, where it was of the same sizes on as many ranks. Every rank calls this with the same."""
+    for tuner in tuners:
+        for document in documents:
+            if document["sizes"] == asdict(tuner.sizes):
+                tuner.restore(document)
+
+
+def said(tuners: list[Tuner]) -> list[dict[str, Any]]:
+    """By which strategies this rank's calls of the last step were computed, how many by each, and why."""
+    return [
+        {"strategy": str(strategy), "calls": calls, "why": why}
+        for tuner in tuners for (strategy, why), calls in sorted(tuner.last.items())
+    ]  # fmt: skip
 
 
 def _sizes(module: nn.Module, layout: ExpertLayout, config: JobConfig, width: int) -> Sizes:
