@@ -36,8 +36,8 @@ def job(kind: str = "moe_lm", *, mesh: dict[str, int] | None = None, **sections:
     return parse(document)
 
 
-def engine(config: JobConfig, rank: int) -> Any:
-    """The native engine of a job on this rank of the running group, freshly initialised."""
+def engine(config: JobConfig, rank: int, orders: Any = None) -> Any:
+    """The native engine of a job on this rank of the running group, freshly initialised; experts in these orders."""
     from trainrt.parallel.mesh import make_groups
     from trainrt.training.engines.native import NativeEngine
     from trainrt.training.models.build import whole_model
@@ -46,7 +46,7 @@ def engine(config: JobConfig, rank: int) -> Any:
 
     mesh = config.mesh()
     assert mesh is not None
-    plan = place(config, mesh)
+    plan = place(config, mesh, orders=orders or {})
     groups = make_groups(plan.mesh, torch.device("cpu"))
     pipeline = load_pipeline(config)
     model = whole_model(config, pipeline.model, fresh=True)

@@ -18,13 +18,15 @@ from trainrt.parallel.layout import Key, Layout
 from trainrt.training.planning import place
 
 
-def _rank_main(rank: int, config: JobConfig, start: str | None, steps: int, first: int, target: str) -> Any:
+def _rank_main(
+    rank: int, config: JobConfig, start: str | None, steps: int, first: int, target: str, orders: Any
+) -> Any:  # fmt: skip
     from trainrt.training.job import load_state, progress_of
     from trainrt.training.manifest import constant_metadata, step_metadata
     from trainrt.training.pipeline import load_pipeline
     from trainrt.training.state import Snapshotter
 
-    made = engine(config, rank)
+    made = engine(config, rank, orders)
     if start is not None:
         source = open_together(Path(start), dist.group.WORLD, made.groups.device)
         load_state(made, source, report=lambda *_, **__: None)
@@ -50,16 +52,18 @@ class Trained:
     """What `steps` steps on a mesh left: losses, and the state of all ranks as a Source."""
 
     def __init__(
-        self, config: JobConfig, folder: Path, *, start: Path | None = None, steps: int = 0, first: int = 1
-    ) -> None:
+        self, config: JobConfig, folder: Path, *, start: Path | None = None, steps: int = 0, first: int = 1,
+        orders: Any = None,
+    ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         # Planned once here: the ranks find it in the cache.
         mesh = config.mesh()
         assert mesh is not None
         place(config, mesh)
         results = run_ranks(
-            config.world_size, _rank_main, config, str(start) if start else None, steps, first, str(folder), timeout=180
-        )
+            config.world_size, _rank_main, config, str(start) if start else None, steps, first, str(folder), orders,
+            timeout=180,
+        )  # fmt: skip
         self.config, self.folder = config, folder
         self.losses: list[tuple[float, float]] = results[0][0]
         self.metadata: dict[str, Any] = results[0][2]

@@ -100,6 +100,7 @@ class MoeConfig(Section):
     degree: int | Literal["auto"] = "auto"
     backward_degree: int | Literal["auto"] = "auto"
     all_to_all: Literal["auto", "linear", "hierarchical"] = "auto"
+    placement: Literal["none", "affinity"] = "none"
     zero_experts: int = Field(0, ge=0)
     copy_experts: int = Field(0, ge=0)
     constant_experts: int = Field(0, ge=0)
@@ -261,7 +262,9 @@ def to_toml(config: JobConfig) -> str:
 
 
 LEARNED = ("model", "data", "optimizer", "moe")
-STRATEGY_KEYS = {"moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "model.activation_checkpointing"}
+STRATEGY_KEYS = {
+    "moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "moe.placement", "model.activation_checkpointing",
+}  # fmt: skip
 
 
 def learned_differences(old: JobConfig, new: JobConfig) -> list[str]:
@@ -453,6 +456,8 @@ def _model_problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str
     for key in ("experts", "top_k", "every"):
         if key in given and given[key] != getattr(MoeConfig(), key):
             yield f"moe.{key} = {given[key]}: a Hugging Face model says this itself; leave the key out"
+    if config.moe.placement != "none":
+        yield f'moe.placement = "{config.moe.placement}" is for model.kind = "moe_lm"; allowed: "none"'
     yield from _huggingface_problems(config, mesh)
 
 

@@ -261,6 +261,7 @@ class Incarnation:
             "run_dir": str(ground.run_dir), "run_id": self._run_id, "token": ground.secret, "incarnation": self.number,
             "rank": rank, "world_size": self.world_size, "local_rank": local_rank, "node": node,
             "rendezvous": self._rendezvous_address(), "mesh": mesh_json(self.plan.mesh),
+            "expert_orders": {name: list(order) for name, order in self.plan.orders.items()},
             "store": ground.stores.of(node), "stores": ground.stores.addresses(), "restore": self.origin.to_json(),
             "device": ground.device, "steps": self._config.run.steps,
             "mtbf_seconds": self._reliability.node_mtbf_seconds() / len(set(self.seats.values())),

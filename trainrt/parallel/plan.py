@@ -20,6 +20,7 @@ from trainrt.config import MeshSize
 from trainrt.parallel.layout import ITEM_BYTES, Box, Fragment, Layout, LogicalTensor, contiguous_strides
 from trainrt.parallel.mesh import axis_size, coordinates
 from trainrt.parallel.moe.form import Form
+from trainrt.parallel.moe.layout import Orders
 from trainrt.parallel.sharded.owners import Split, owners_of
 
 ALIGNMENT = 64
@@ -249,9 +250,10 @@ class Plan:
     """A mesh and the placement of every parameter, with what was estimated and what was passed over.
 
     recovery: what is expected of snapshots under failures (checkpoint/policy.py). experts: modules whose experts are spread
-    over ep, and how they are called (None: they know how). sequence: whether activations are scattered by positions over
-    tp between split regions. verification: for each axis that needs one, what the comparison
-    with one process found (verify.py).
+    over ep, and how they are called (None: they know how). orders: of those whose experts are not held in their own order,
+    position -> expert; placement: what they were chosen by, and what that is expected to save (training/affinity.py).
+    sequence: whether activations are scattered by positions over tp between split regions. verification: for each axis that
+    needs one, what the comparison with one process found (verify.py).
     """
 
     mesh: MeshSize
@@ -263,6 +265,8 @@ class Plan:
     alternatives: tuple[dict[str, Any], ...] = ()
     recovery: dict[str, float] = field(default_factory=dict)
     experts: Mapping[str, Form | None] = field(default_factory=dict)
+    orders: Orders = field(default_factory=dict)
+    placement: Mapping[str, Any] = field(default_factory=dict)
     sequence: bool = False
     verification: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -345,6 +349,8 @@ class Plan:
             "alternatives": list(self.alternatives),
             "recovery": self.recovery,
             "sequence_parallel": self.sequence,
+            "expert_orders": {name: list(order) for name, order in self.orders.items()},
+            "expert_placement": dict(self.placement),
             "verification": {axis: dict(verdict) for axis, verdict in self.verification.items()},
         }
 
@@ -365,6 +371,8 @@ class Plan:
         ]
         rows += [(f"verified, {axis}", _verified(verdict)) for axis, verdict in self.verification.items()]
         rows += [("not cut", text) for text in self._whole()]
+        if self.placement:
+            rows.append(("experts", self._placed()))
         if self.recovery:
             rows.append(("effective time", self._effective_time()))
         considered = [a for a in self.alternatives if not a["rejected"]]
@@ -391,6 +399,18 @@ class Plan:
         for elements, text in sorted(kinds.values(), reverse=True):
             if elements > total / 100:
                 yield f"{text} ({elements / total:.1%} of the model)"
+
+    def _placed(self) -> str:
+        """What the placement of experts is expected to save."""
+        if "passed_over" in self.placement:
+            return f"in their own order: {self.placement['passed_over']}"
+        rows = [
+            f"{what} {self.placement[key][0]:,.0f} -> {self.placement[key][1]:,.0f}"
+            for what, key in (
+                ("hosts", "rows_across_hosts"), ("ranks", "rows_across_ranks"), ("busiest rank", "rows_of_busiest")
+            )
+        ]  # fmt: skip
+        return f"placed by the counts until step {self.placement['counted_until_step']}; rows across {', '.join(rows)}"
 
     def _effective_time(self) -> str:
         every, hours = self.recovery["every"], self.recovery["node_mtbf_seconds"] / 3600

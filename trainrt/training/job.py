@@ -48,6 +48,7 @@ class Spec:
     node: str
     rendezvous: str
     mesh: dict[str, int]
+    expert_orders: dict[str, list[int]]
     store: dict[str, str] | None
     stores: dict[str, str]
     restore: dict[str, Any]
@@ -87,7 +88,8 @@ class Job:
         clock = _Phases(report)
         pipeline = load_pipeline(config)
         meta = meta_model(config, pipeline)
-        plan = place(config, MeshSize(**spec.mesh), model=meta)
+        orders = {name: tuple(order) for name, order in spec.expert_orders.items()}
+        plan = place(config, MeshSize(**spec.mesh), model=meta, orders=orders)
         groups = make_groups(plan.mesh, device_of(spec))
         model = whole_model(config, pipeline.model, fresh=spec.restore["from"] == "none")
         engine = NativeEngine(model, plan, groups, config=config, loss=loss_function(config, pipeline), rank=spec.rank)

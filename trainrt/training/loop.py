@@ -11,7 +11,7 @@ import xxhash
 
 from trainrt.events import ring
 from trainrt.parallel.cost import PEAK_FLOPS, flops_per_token
-from trainrt.run_dir import append_line
+from trainrt.run_dir import append_line, write_json
 from trainrt.training.control import Control
 from trainrt.training.data import digest_batch, logical_shards, sample_ids
 from trainrt.training.engines.mixtures import said
@@ -77,6 +77,8 @@ def train_step(job: Job, meter: Meter, step: int, *, stop: bool) -> tuple[StepRe
             line = metrics_line(job, meter, step, result=result, stall=Stall(), seconds=time.perf_counter() - start)
             append_line(job.run_dir.metrics_journal, line)
         stall = job.snapshots.take(step, ending=ending, metadata=lambda: metadata_of(job, step))
+        if stall.checkpoint:
+            keep_counts(job, step)
     seconds = time.perf_counter() - start
     meter.last = (seconds, stall.seconds)
     return result, stall, seconds
@@ -103,6 +105,13 @@ def metadata_of(job: Job, step: int) -> dict[str, Any] | None:
         return None
     changing = step_metadata(job.engine, step, steps=job.spec.steps, corpus_digest=job.corpus_digest)
     return {**job.constants, **changing}
+
+
+def keep_counts(job: Job, step: int) -> None:
+    """What routers chose so far, for the placement of experts when the run is launched again."""
+    counts = job.engine.routing.gather(step)
+    if counts is not None and job.spec.rank == 0:
+        write_json(job.run_dir.experts, counts.to_json())
 
 
 def final_checkpoint(job: Job, step: int) -> str | None:

@@ -21,6 +21,7 @@ from trainrt.parallel.cost import Work
 from trainrt.parallel.mesh import choose_device
 from trainrt.parallel.moe.experts import layout_of
 from trainrt.parallel.moe.form import ListedExperts
+from trainrt.parallel.moe.layout import NO_ORDERS, Orders
 from trainrt.parallel.moe.strategy import Lattice, check_listed
 from trainrt.parallel.packing import packed_parts
 from trainrt.parallel.plan import Part, Plan
@@ -31,6 +32,7 @@ from trainrt.parallel.planner.sharding import Sharding, sharding_of
 from trainrt.parallel.profile import device_of, own_device
 from trainrt.parallel.search import assess, choose
 from trainrt.run_dir import read_json
+from trainrt.training.affinity import by_affinity
 from trainrt.training.blueprint import blueprint_of
 from trainrt.training.data import Corpus, open_corpus
 from trainrt.training.models.build import build_meta, compute_dtype, hidden_size_of, stored_dtype, weight_files
@@ -90,9 +92,9 @@ class _Subject:
         packs = config.model.kind == "huggingface" and hasattr(model, "config")
         return cls(config, model, blueprint_of(config, pipeline, model), packed_parts(model) if packs else {})
 
-    def place(self, size: MeshSize) -> Plan:
+    def place(self, size: MeshSize, orders: Orders = NO_ORDERS) -> Plan:
         """The placements on a mesh. Raises PlanError."""
-        plan = derive(self.model, size, self.blueprint, parts=self.parts)
+        plan = derive(self.model, size, self.blueprint, parts=self.parts, orders=orders)
         for name, form in plan.experts.items():
             if isinstance(form, ListedExperts):
                 check_listed(self.config.moe, name)
@@ -108,9 +110,14 @@ class _Subject:
         return None if found is None else found.bytes(recomputed=self.config.model.activation_checkpointing)
 
 
-def place(config: JobConfig, size: MeshSize, *, model: nn.Module | None = None) -> Plan:
-    """The placements on a mesh without what they cost: all that a worker has to know. Raises PlanError."""
-    return _Subject.of(config, model).place(size)
+def place(
+    config: JobConfig, size: MeshSize, *, model: nn.Module | None = None, orders: Orders = NO_ORDERS
+) -> Plan:  # fmt: skip
+    """The placements on a mesh without what they cost: all that a worker has to know. Raises PlanError.
+
+    `orders` are those of the plan that was made (`Plan.orders`).
+    """
+    return _Subject.of(config, model).place(size, orders)
 
 
 def make_plan(
@@ -131,7 +138,11 @@ def make_plan(
         if size.world_size != world_size:
             size = shrink(size, world_size)
         plan = assess(subject.place(size), work, profile, subject.activation_bytes)
-    return replace(plan, recovery=forecast(config, plan).to_json())
+    orders, placement = by_affinity(config, plan)
+    if orders:
+        # What a plan costs does not depend on which experts a rank holds, only on how many.
+        plan = replace(plan, parameters=subject.place(plan.mesh, orders).parameters, orders=orders)
+    return replace(plan, placement=placement, recovery=forecast(config, plan).to_json())
 
 
 def forecast(config: JobConfig, plan: Plan) -> Forecast:

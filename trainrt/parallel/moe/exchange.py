@@ -93,10 +93,10 @@ class Exchange:
         cls, count_WE: Counts, layout: ExpertLayout, groups: ExpertGroups, *,
         device: torch.device, r: int = 1, hierarchical: bool = False,
     ) -> Exchange:  # fmt: skip
-        """From the rows of every rank for every expert. Each rank's are sorted by expert."""
+        """From the rows of every rank for every expert, in the order of positions; so are each rank's."""
         rank = groups.ep.rank()
         if layout.slices == 1:
-            runs = [layout.run(place) for place in range(layout.ranks)]
+            runs = [(layout.first(place), layout.here(place)) for place in range(layout.ranks)]
             rows_WW = np.stack([count_WE[:, first : first + here].sum(1) for first, here in runs], 1)
             first, here = runs[rank]
             return cls(groups, hierarchical, None, rows_WW, count_WE[:, first : first + here], device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from trainrt.errors import PlanError
 from trainrt.parallel.moe.flex import Piece
 from trainrt.parallel.moe.form import Form
 from trainrt.parallel.moe.layout import ExpertLayout
@@ -61,12 +62,16 @@ SWIGLU = (Piece(_gated, (0, 1)), Piece(_projected, (2,)))
 """SwiGLU (arXiv 2002.05202) of rows sorted by expert, with stacked weights (gate, up, down) of as many experts."""
 
 
-def layout_of(module: nn.Module, form: Form | None, ranks: int) -> ExpertLayout:
+def layout_of(
+    module: nn.Module, form: Form | None, ranks: int, order: tuple[int, ...] | None = None
+) -> ExpertLayout:  # fmt: skip
     """How a module of experts lies over ranks; without a form it is one of ours. Raises PlanError."""
     if form is not None:
+        if order is not None:
+            raise PlanError("experts of a model that is not moe_lm have no other order than their own")
         return ExpertLayout(form.experts, ranks)
     assert isinstance(module, Experts)
-    return ExpertLayout(module.number, ranks)
+    return ExpertLayout(module.number, ranks, order)
 
 
 def local(parameter: Tensor) -> Tensor:

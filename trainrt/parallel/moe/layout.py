@@ -2,21 +2,31 @@
 
 Flex (Tutel, MLSys'23, section 3.1): W ranks, E experts. With E >= W a rank holds a run of experts, in numbers as even as can
 be. With E < W an expert is cut along its inner width into S = W / E slices, and rank p holds slice p mod S of expert p div S.
+
+Runs are of *positions*. Whole experts may have an order: position q is that of expert `order[q]` (placement.py); without one
+it is that of expert q. Rows travel by position, weights are known by expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainrt.errors import PlanError
 
+Orders = Mapping[str, tuple[int, ...]]
+"""Module of experts -> its order."""
+
+NO_ORDERS: Orders = {}
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """E experts over W ranks. Raises PlanError where W > E is no multiple of E."""
+    """E experts over W ranks. Raises PlanError where W > E is no multiple of E, or the order is none of whole experts."""
 
     experts: int
     ranks: int
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.ranks > self.experts and self.ranks % self.experts:
@@ -25,6 +35,11 @@ class ExpertLayout:
                 f"parallel.ep = {self.ranks} is more than the {self.experts} experts and no multiple of them; "
                 f"allowed: {', '.join(map(str, allowed))}"
             )
+        if self.order is not None and (self.slices > 1 or sorted(self.order) != list(range(self.experts))):
+            raise PlanError(
+                f"{list(self.order)} is no order of {self.experts} experts over parallel.ep = {self.ranks}; allowed: each "
+                f"expert once, where a rank holds whole experts"
+            )
 
     @property
     def slices(self) -> int:
@@ -32,16 +47,27 @@ class ExpertLayout:
         return max(1, self.ranks // self.experts)
 
     def first(self, rank: int) -> int:
-        """The first expert that a rank holds, whole or a slice of it."""
+        """The first position that a rank holds, whole or a slice of it."""
         return rank // self.slices if self.slices > 1 else rank * self.experts // self.ranks
 
     def here(self, rank: int) -> int:
         """How many experts a rank holds."""
         return 1 if self.slices > 1 else self.first(rank + 1) - self.first(rank)
 
-    def run(self, rank: int, rows: int = 1) -> tuple[int, int]:
-        """(first, number) of the indices that a rank holds along experts, each of which has so many rows."""
-        return self.first(rank) * rows, self.here(rank) * rows
+    def held(self, rank: int) -> tuple[int, ...]:
+        """The experts at a rank's positions."""
+        positions = range(self.first(rank), self.first(rank) + self.here(rank))
+        return tuple(positions if self.order is None else (self.order[position] for position in positions))
+
+    def runs(self, rank: int, rows: int = 1) -> tuple[tuple[int, int], ...]:
+        """(first, number) of the indices that a rank holds along experts, each of which has so many rows; as it holds them."""
+        runs: list[tuple[int, int]] = []
+        for expert in self.held(rank):
+            if runs and sum(runs[-1]) == expert:
+                runs[-1] = runs[-1][0], runs[-1][1] + 1
+            else:
+                runs.append((expert, 1))
+        return tuple((first * rows, number * rows) for first, number in runs)
 
     def inner_run(self, rank: int, width: int) -> tuple[int, int]:
         """(first, number) of the indices that a rank holds along an inner width."""
@@ -50,7 +76,7 @@ class ExpertLayout:
 
     def owner(self, expert: int) -> int:
         """The rank that holds an expert, where none is cut."""
-        return next(rank for rank in range(self.ranks) if expert < self.first(rank + 1))
+        return next(rank for rank in range(self.ranks) if expert in self.held(rank))
 
     @property
     def choices(self) -> list[int]:

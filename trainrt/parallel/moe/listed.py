@@ -57,9 +57,9 @@ class GatheredList(nn.ModuleList):
     seen: Mapping[tuple[int, str], Tensor]
 
     def forward(self) -> tuple[Tensor, ...]:
-        first, here = ExpertLayout(len(self), self.group.size()).run(self.group.rank())
+        here = ExpertLayout(len(self), self.group.size()).held(self.group.rank())
         leaves = [leaf for leaf, _ in self[0].named_parameters()]
-        mine = [dict(self[index].named_parameters()) for index in range(first, first + here)]
+        mine = [dict(self[index].named_parameters()) for index in here]
         held = [local(parameters[leaf]) for parameters in mine for leaf in leaves]
         gathered = GatherExperts.apply(self.group, self.share, *held)
         names = [(index, leaf) for index in range(len(self)) for leaf in leaves]

@@ -14,7 +14,7 @@ from trainrt.parallel.mesh import ExpertGroups
 from trainrt.parallel.moe.experts import Experts, layout_of
 from trainrt.parallel.moe.foreign import ForeignExperts
 from trainrt.parallel.moe.form import Form, ListedExperts
-from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders
 from trainrt.parallel.moe.listed import gather_list
 from trainrt.parallel.moe.spread import Spread
 from trainrt.parallel.moe.strategy import Chooser, Fixed
@@ -28,11 +28,12 @@ def always_plain(module: nn.Module, layout: ExpertLayout) -> Chooser:
 def spread_experts(
     model: nn.Module, modules: Mapping[str, Form | None], mesh: DeviceMesh, groups: ExpertGroups, *,
     tp: dist.ProcessGroup | None = None, chooser: Callable[[nn.Module, ExpertLayout], Chooser] = always_plain,
-    recomputed: bool = False,
+    recomputed: bool = False, orders: Orders = NO_ORDERS,
 ) -> list[nn.Module]:  # fmt: skip
     """Leave this rank its part of the experts of every module, as DTensors over `mesh` (ep). Returns the modules.
 
-    chooser: who says how a module's rows travel. recomputed: layers are computed again for backward.
+    chooser: who says how a module's rows travel. recomputed: layers are computed again for backward. orders: of modules
+    whose experts are not held in their own order.
     """
     spread = []
     for name, form in modules.items():
@@ -40,7 +41,7 @@ def spread_experts(
             spread.append(gather_list(model, name, mesh, tp))
             continue
         module = model.get_submodule(name)
-        layout = layout_of(module, form, mesh.size())
+        layout = layout_of(module, form, mesh.size(), orders.get(name))
         how = Spread(layout, groups, tp, chooser(module, layout), recomputed)
         for owner in module.modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
@@ -59,8 +60,9 @@ def spread_experts(
 
 
 def share_of(module: nn.Module, leaf: str, whole: Tensor, layout: ExpertLayout, rank: int) -> Tensor:
-    """What a rank holds of a weight of stacked or flattened experts (a view)."""
-    share = whole.narrow(0, *layout.run(rank, len(whole) // layout.experts))
+    """What a rank holds of a weight of stacked or flattened experts (a view, where that is one run)."""
+    runs = [whole.narrow(0, *run) for run in layout.runs(rank, len(whole) // layout.experts)]
+    share = runs[0] if len(runs) == 1 else torch.cat(runs)
     if not isinstance(module, Experts):
         return share
     inner = module.INNER[leaf]

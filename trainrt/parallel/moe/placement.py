@@ -29,7 +29,7 @@ SECONDS = 20.0
 """How long the programs of a placement may take, once a launch."""
 
 Order = tuple[int, ...]
-"""Position -> expert; rank r holds the positions `ExpertLayout.run(r)`, its experts by number."""
+"""Position -> expert; rank r holds those of `ExpertLayout.held(r)`, its experts by number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,16 +39,27 @@ class Spread:
     ) -> Tensor:
         """Rows sorted by expert through their experts. `weights`: what is held here, and along which dimension slices cut it."""
         if self.tp is None:
-            return self._timed(x_ND, count_E, pieces, weights, inner)
+            return self._by_position(x_ND, count_E, pieces, weights, inner)
         # Each of the ranks with the same rows sends its share of them.
         tp = self.tp
         expert_N = torch.arange(len(count_E), device=count_E.device).repeat_interleave(count_E)
         mine_N = torch.arange(tp.rank(), len(expert_N), tp.size(), device=count_E.device)
         count_E = torch.bincount(expert_N[mine_N], minlength=len(count_E))
         x_ND = CopyToGroup.apply(x_ND, tp)
-        y_ND = self._timed(x_ND[mine_N], count_E, pieces, weights, inner)
+        y_ND = self._by_position(x_ND[mine_N], count_E, pieces, weights, inner)
         whole_ND = y_ND.new_zeros(len(x_ND), *y_ND.shape[1:])
         return ReduceFromGroup.apply(whole_ND.index_copy(0, mine_N, y_ND), tp)
+
+    def _by_position(
+        self, x_ND: Tensor, count_E: Tensor, pieces: Sequence[Piece], weights: Sequence[Tensor], inner: Sequence[int]
+    ) -> Tensor:
+        """Rows sorted by expert become rows sorted by position, and come back as they were."""
+        if self.layout.order is None:
+            return self._timed(x_ND, count_E, pieces, weights, inner)
+        expert_Q = torch.tensor(self.layout.order, device=count_E.device)
+        row_N = expert_Q.argsort().repeat_interleave(count_E).argsort(stable=True)
+        y_ND = self._timed(x_ND[row_N], count_E[expert_Q], pieces, weights, inner)
+        return torch.empty_like(y_ND).index_copy(0, row_N, y_ND)
 
     def _timed(
         self, x_ND: Tensor, count_E: Tensor, pieces: Sequence[Piece], weights: Sequence[Tensor], inner: Sequence[int]

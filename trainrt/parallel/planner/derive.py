@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trainrt.config import MeshSize
+from trainrt.parallel.moe.layout import NO_ORDERS, Orders
 from trainrt.parallel.plan import Cut, ParameterPlan, Part, Plan
 from trainrt.parallel.planner.experts import expert_cuts, experts_of
 from trainrt.parallel.planner.probe import Blueprint
@@ -15,15 +16,17 @@ from trainrt.parallel.planner.sharding import Sharding, experts_in, sharding_of
 
 
 def derive(
-    model: nn.Module, size: MeshSize, blueprint: Blueprint, *, parts: Mapping[str, tuple[Part, ...]] | None = None
-) -> Plan:
+    model: nn.Module, size: MeshSize, blueprint: Blueprint, *, parts: Mapping[str, tuple[Part, ...]] | None = None,
+    orders: Orders = NO_ORDERS,
+) -> Plan:  # fmt: skip
     """Place every parameter and persistent buffer of `model` on the mesh.
 
-    `parts` maps live tensors to the logical ones they pack; what it does not name is logical itself.
+    `parts` maps live tensors to the logical ones they pack; what it does not name is logical itself. `orders` are of modules
+    whose experts are not held in their own order.
     Raises PlanError where a form is asked for that the model does not have.
     """
     modules = experts_of(model, experts_in(blueprint)) if size.ep > 1 else {}
-    experts = expert_cuts(model, size, modules) if size.ep > 1 else {}
+    experts = expert_cuts(model, size, modules, orders) if size.ep > 1 else {}
     sharding = sharding_of(blueprint, size.tp).spread(model) if size.tp > 1 else Sharding(1)
     parts = parts or {}
     names: dict[int, str] = {}
@@ -51,7 +54,7 @@ def derive(
         planned.append(
             ParameterPlan(name, tuple(buffer.shape), dtype_name(buffer.dtype), (), "buffer", whole, buffer=True)
         )
-    return Plan(size, tuple(planned), aliases, experts=modules, sequence=sharding.sequence)
+    return Plan(size, tuple(planned), aliases, experts=modules, orders=orders, sequence=sharding.sequence)
 
 
 def _dense(name: str, shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[Cut, ...], str]:

@@ -18,12 +18,13 @@ from trainrt.config import MeshSize
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.experts import Experts, layout_of
 from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
-from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders
 from trainrt.parallel.plan import Cut, kind_of
 from trainrt.parallel.planner.listed import find_listed
 from trainrt.parallel.planner.probe import Blueprint, small_model, trace
 
 RULE = "expert-parallel: each rank holds a run of experts"
+PLACED_RULE = "expert-parallel: each rank holds the experts it was given by their counts"
 SLICED_RULE = "expert-parallel: each rank holds a slice of an expert"
 LISTED_RULE = "expert-parallel: each rank holds some experts of the list, all gather them to compute"
 
@@ -94,42 +95,64 @@ def experts_of(model: nn.Module, forms: Mapping[str, Form]) -> dict[str, Form | 
 
 
 def expert_cuts(
-    model: nn.Module, size: MeshSize, modules: Mapping[str, Form | None]
+    model: nn.Module, size: MeshSize, modules: Mapping[str, Form | None], orders: Orders = NO_ORDERS
 ) -> dict[str, tuple[tuple[Cut, ...], str]]:
     """The cuts and the rule of every expert parameter. Raises PlanError where there are none, or they do not divide."""
     cuts: dict[str, tuple[tuple[Cut, ...], str]] = {}
     for name, form in modules.items():
         module = model.get_submodule(name)
-        if form is not None and form.experts % size.ep:
-            divisors = ", ".join(str(n) for n in range(1, form.experts + 1) if form.experts % n == 0)
-            raise PlanError(
-                f"parallel.ep = {size.ep} does not divide the {form.experts} experts of {name}; allowed: {divisors}"
-            )
-        layout = layout_of(module, form, size.ep)
+        _check_number(name, form, size)
+        layout = layout_of(module, form, size.ep, orders.get(name))
         for leaf, parameter in module.named_parameters():
             shape = tuple(parameter.shape)
             if isinstance(form, ListedExperts) and shape:
                 cuts[f"{name}.{leaf}"] = _of_the_list(leaf, shape, layout), LISTED_RULE
                 continue
-            own = _of_ours(leaf, shape, layout) if form is None else (Cut("ep", 0),)
+            own = _of_ours(leaf, shape, layout) if form is None else _of_others(shape, layout)
             inner = shape[1] // (layout.slices if any(cut.dim == 1 for cut in own) else 1) if len(shape) > 1 else 0
             if not inner or inner % size.efsdp:
                 raise PlanError(
                     f"parallel.ep = {size.ep} leaves efsdp = {size.efsdp}, which does not divide dimension 1 "
                     f"of {name}.{leaf}, {shape}"
                 )
-            cuts[f"{name}.{leaf}"] = (*own, Cut("efsdp", 1)), SLICED_RULE if layout.slices > 1 else RULE
+            cuts[f"{name}.{leaf}"] = (*own, Cut("efsdp", 1)), _rule(layout)
     if not cuts:
         raise PlanError(f"parallel.ep = {size.ep}: the model has no mixture-of-experts layers; allowed: 1")
     return cuts
 
 
+def _check_number(name: str, form: Form | None, size: MeshSize) -> None:
+    """Experts of others are not cut, and lists of them are spread evenly. Raises PlanError."""
+    if form is None:
+        return
+    allowed = [n for n in range(1, form.experts + 1) if not (isinstance(form, ListedExperts) and form.experts % n)]
+    if size.ep not in allowed:
+        raise PlanError(
+            f"parallel.ep = {size.ep} does not fit the {form.experts} experts of {name}; "
+            f"allowed: {', '.join(map(str, allowed))}"
+        )
+
+
+def _of_others(shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:
+    """A run of experts, stacked or flattened with their rows."""
+    if layout.experts % layout.ranks == 0:
+        return (Cut("ep", 0),)
+    return (Cut("ep", 0, tuple(layout.runs(rank, shape[0] // layout.experts) for rank in range(layout.ranks))),)
+
+
+def _rule(layout: ExpertLayout) -> str:
+    if layout.order is not None:
+        return PLACED_RULE
+    return SLICED_RULE if layout.slices > 1 else RULE
+
+
 def _of_ours(leaf: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:
-    """A run of experts, or the slice of one."""
+    """Some experts, a run of them where they have no other order, or the slice of one."""
     ranks = range(layout.ranks)
-    whose = tuple((layout.run(rank),) for rank in ranks)
+    whose = tuple(layout.runs(rank) for rank in ranks)
     if layout.slices == 1:
-        return (Cut("ep", 0, whose if layout.experts % layout.ranks else None),)
+        even = layout.order is None and layout.experts % layout.ranks == 0
+        return (Cut("ep", 0, None if even else whose),)
     inner = Experts.INNER[leaf]
     if shape[inner] % layout.slices:
         raise PlanError(

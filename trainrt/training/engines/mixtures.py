@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ def spread_mixtures(
     if groups.experts is None:
         return [], []
     stacked = {name: form for name, form in plan.experts.items() if not isinstance(form, ListedExperts)}
-    layouts = {name: layout_of(model.get_submodule(name), form, plan.mesh.ep) for name, form in stacked.items()}
-    widths = sorted({layout.slices // r for layout in layouts.values() for r in layout.choices if r})
+    layouts = [layout_of(model.get_submodule(name), form, plan.mesh.ep) for name, form in stacked.items()]
+    widths = sorted({layout.slices // r for layout in layouts for r in layout.choices if r})
     mesh = groups.experts["ep"]
     between = make_expert_groups(plan.mesh, mesh, widths=widths, places=config.cluster.workers_per_node)
     tuners: dict[Sizes, Tuner] = {}
@@ -55,7 +55,7 @@ def spread_mixtures(
 
     spread = spread_experts(
         model, plan.experts, mesh, between, tp=groups.tp, chooser=chooser,
-        recomputed=config.model.activation_checkpointing,
+        recomputed=config.model.activation_checkpointing, orders=plan.orders,
     )  # fmt: skip
     return spread, list(tuners.values())
 
@@ -88,7 +88,7 @@ def _sizes(module: nn.Module, layout: ExpertLayout, config: JobConfig, width: in
     elements = sum(parameter.numel() for parameter in module.parameters()) // layout.experts
     item = ITEM_BYTES[config.model.dtype]
     places = config.cluster.workers_per_node
-    return Sizes(layout, places if layout.ranks % places == 0 else 1, width * item, elements * item, 2.0 * elements)
+    return Sizes(replace(layout, order=None), places if layout.ranks % places == 0 else 1, width * item, elements * item, 2.0 * elements)
 
 
 def _usual(strategies: list[Strategy], sizes: Sizes, config: JobConfig, size: MeshSize) -> Strategy:

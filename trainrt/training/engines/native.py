@@ -26,6 +26,7 @@ from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
 from trainrt.parallel.mesh import Groups, coordinates
+from trainrt.parallel.moe.counts import RoutingCounter
 from trainrt.parallel.moe.experts import local
 from trainrt.parallel.moe.tuner import Tuner
 from trainrt.parallel.norm import ExactNorm, PlainNorm, SquaredNorm
@@ -96,6 +97,7 @@ class NativeEngine:
         self._turn = Turn() if deterministic else None
         self._norm: SquaredNorm = ExactNorm() if deterministic else PlainNorm()
         self.model, self.tuners = parallelize(model, plan, groups, config=config, turn=self._turn)
+        self.routing = RoutingCounter(self.model, plan.mesh, rank, groups.device)
         self.where = coordinates(plan.mesh, rank)
         self.data_rank = self.where["dp"] * plan.mesh.fsdp + self.where["fsdp"]
         self.sharded = dict(self.model.named_parameters())
@@ -170,7 +172,7 @@ class NativeEngine:
         self._synchronize(turn, rounds=len(batches), leaves=leaves)
         # Dropout and the like depend on the leaf, not on who computes it (DESIGN section 6).
         torch.manual_seed(hash((self.config.run.seed, step, leaf if leaf is not None else -1)) & 0x7FFFFFFF)
-        with ring.span("forward", kind="forward"):
+        with ring.span("forward", kind="forward"), self.routing.counting(turn == 0 and leaf is not None):
             loss = evaluate_loss(self.loss, self.model, batch)
         total = loss.total()
         with ring.span("backward", kind="backward"):
