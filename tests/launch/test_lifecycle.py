@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,36 @@ def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) 
     validate("status", run_dir.read_status())
     code, output = run(write_job(tmp_path, small(tmp_path, steps=80, optimizer={"learning_rate": 1e-3})), run_dir)
     assert code == 2 and "optimizer.learning_rate" in output and "--force" in output, output
+
+
+def test_a_launch_again_places_experts_by_what_was_counted(tmp_path: Path) -> None:
+    """Experts move through the checkpoint of step 10; what is learned is what it would be without."""
+
+    def launch(run_dir: RunDir, steps: int, placement: str) -> tuple[dict[str, Any], str]:
+        sections = {"model": {"dtype": "float64"}, "moe": {"placement": placement}}
+        path = write_job(tmp_path, small(tmp_path, steps=steps, mesh={"fsdp": 2, "ep": 2}, **sections))
+        code, output = run(path, run_dir)
+        assert code == 0, output
+        counts, plan = (json.loads(path.read_text()) for path in (run_dir.experts, run_dir.plan))
+        validate("experts", counts)
+        validate("plan", plan)
+        # One shard of 2 x 16 tokens a rank and step, each with 2 experts; a launch begins anew.
+        assert counts["step"] == steps and sum(map(sum, counts["traffic"][0])) == 10 * 2 * 64
+        return plan, output
+
+    stayed, moved = RunDir(tmp_path / "stayed"), RunDir(tmp_path / "moved")
+    launch(stayed, 10, "none")
+    shutil.copytree(stayed.path, moved.path)
+    plan, _ = launch(stayed, 20, "none")
+    assert not plan["expert_orders"]
+    plan, output = launch(moved, 20, "affinity")
+    assert plan["expert_orders"] and "placed by the counts until step 10" in output
+    placed = plan["expert_placement"]
+    before, after = zip(placed["rows_across_hosts"], placed["rows_of_busiest"], strict=True)
+    assert after[0] / 2 + after[1] < before[0] / 2 + before[1] and placed["optimal"]
+    assert verify(moved.checkpoint(20))["ok"]
+    ends = [[line["loss"] for line in run_dir.read_metrics()] for run_dir in (stayed, moved)]
+    assert len(ends[0]) == 20 and ends[0] == pytest.approx(ends[1], rel=1e-11)
 
 
 @pytest.mark.parametrize(
