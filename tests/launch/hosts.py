@@ -14,7 +14,10 @@ NOWHERE = "02:00:00:00:00:99"
 
 
 def can_make_hosts() -> bool:
-    return os.geteuid() == 0 and subprocess.run(["ip", "netns"], capture_output=True).returncode == 0
+    """Root alone is not enough: a container may forbid it namespaces."""
+    if os.geteuid() or not all(map(shutil.which, ("ip", "tc", "unshare"))):
+        return False
+    return subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
 
 
 def ip(*words: str) -> str:
@@ -82,6 +85,12 @@ class Hosts:
         """The host on which a process runs."""
         name = ip("netns", "identify", str(pid)).strip()
         return next((host for host in range(1, self._count + 1) if self._name(host) == name), 0)
+
+    def limit(self, host: int, megabits: float) -> None:
+        """The rate at which a host sends, in Mbit/s."""
+        device = ["tc", "-n", self._name(host), "qdisc", "replace", "dev", "eth0", "root"]
+        bucket = ["tbf", "rate", f"{round(megabits * 1000)}kbit", "burst", "64kb", "latency", "50ms"]
+        subprocess.run([*device, *bucket], check=True, capture_output=True)
 
     def cut(self, host: int) -> None:
         """A dead link: nothing comes from a host, nothing reaches it, nobody is told."""
