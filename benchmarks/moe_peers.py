@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import random
@@ -77,10 +78,30 @@ def deepspeed_layer(moe: MoeLayer, factor: float) -> nn.Module:
     return theirs
 
 
+def tutel_layer(moe: MoeLayer, factor: float) -> nn.Module:
+    """Tutel's layer with the weights of ours, which is still whole; its factor means what ours does."""
+    from tutel import moe as tutel
+
+    here = EXPERTS // RANKS
+    theirs = tutel.moe_layer(
+        model_dim=WIDTH, gate_type={"type": "top", "k": TOP_K, "fp32_gate": True, "capacity_factor": factor},
+        experts={"type": "llama_ffn", "count_per_node": here, "hidden_size_per_expert": INNER},
+    )  # fmt: skip
+    names = {"W_fc1": "gate_proj", "W_fc2": "up_proj", "W_fc3": "down_proj"}
+    with torch.no_grad():
+        theirs.gates[0].wg.weight.copy_(moe.router.weight)
+        for name, ours in names.items():
+            held = getattr(moe.experts, ours)[here * dist.get_rank() :][:here]
+            getattr(theirs.experts, name).copy_(held.transpose(1, 2).flatten())
+    return theirs
+
+
 def contenders(factor: float) -> dict[str, Run]:
     """Layers by name; those of ours share their weights."""
     moe = our_layer(factor)
-    theirs = deepspeed_layer(moe, factor)
+    theirs = {"DeepSpeed": deepspeed_layer(moe, factor)}
+    if tutel_is_installed():
+        theirs["Tutel"] = tutel_layer(moe, factor)
     layer = Layer(moe.experts)
 
     def ours(x_TD: Tensor, way: Strategy) -> Tensor:
@@ -88,11 +109,13 @@ def contenders(factor: float) -> dict[str, Run]:
         moe.zero_grad(set_to_none=True)
         return moe(x_TD)[0]
 
-    def deepspeed(x_TD: Tensor) -> Tensor:
-        theirs.zero_grad(set_to_none=True)
-        return theirs(x_TD)[0]
+    def peer(x_TD: Tensor, name: str) -> Tensor:
+        theirs[name].zero_grad(set_to_none=True)
+        y_TD = theirs[name](x_TD)
+        return y_TD[0] if isinstance(y_TD, tuple) else y_TD
 
-    return {name: lambda x_TD, way=way: ours(x_TD, way) for name, way in OURS.items()} | {"DeepSpeed": deepspeed}
+    field = {name: functools.partial(ours, way=way) for name, way in OURS.items()}
+    return field | {name: functools.partial(peer, name=name) for name in theirs}
 
 
 def compete(rank: int, tokens: int, factor: float, pairs: int) -> Times:
@@ -114,15 +137,24 @@ def compete(rank: int, tokens: int, factor: float, pairs: int) -> Times:
     return times
 
 
+def tutel_is_installed() -> bool:
+    return importlib.util.find_spec("tutel") is not None
+
+
 def peers(hosts: Hosts, rates: Mapping[str, float], *, pairs: int, short: bool) -> list[dict[str, Any]]:
-    found = []
+    found, lines = [], []
     for regime, kind, tokens in product(rates, FACTORS, SHORT_TOKENS if short else TOKENS):
         limit(hosts, rates[regime])
         times = slowest(run_ranks(hosts, compete, tokens, FACTORS[kind], pairs))
-        rows = {name: ratios(times["DeepSpeed"], times[name]) for name in OURS}
-        found.append({"regime": regime, "kind": kind, "tokens": tokens, "seconds": times, "ratios": rows})
-    lines = [{key: case[key] for key in ("regime", "kind", "tokens")} | case["ratios"] for case in found]
-    print_table(f"peers, {EXPERTS} experts, top {TOP_K}: DeepSpeed's time over ours; above 1 ours is faster", lines)
-    if importlib.util.find_spec("tutel") is None:
+        case = {"regime": regime, "kind": kind, "tokens": tokens}
+        rows = [
+            case | {"peer": peer} | {name: ratios(times[peer], times[name]) for name in OURS}
+            for peer in times
+            if peer not in OURS
+        ]
+        lines += rows
+        found.append(case | {"megabits": rates[regime], "seconds": times, "ratios": rows})
+    print_table(f"peers, {EXPERTS} experts, top {TOP_K}: a peer's time over ours; above 1 ours is faster", lines)
+    if not tutel_is_installed():
         print("  Tutel is not installed")
     return found

@@ -40,8 +40,9 @@ def race(rank: int, shape: Shape, given: list[Load], seed: int) -> Times:
     layer = Layer(experts_of(shape))
     field = arms(layer.layout)
     draw, times = random.Random(seed), {name: [] for name in field}
+    largest = max(given, key=lambda load: load.capacity)
     for arm in field.values():
-        layer.step(arm(given[0]), *layer.rows(given[0]))
+        layer.step(arm(largest), *layer.rows(largest))
     for load in given:
         x_ND, count_E = layer.rows(load)
         for name in draw.sample(list(field), len(field)):
@@ -54,8 +55,8 @@ def race(rank: int, shape: Shape, given: list[Load], seed: int) -> Times:
 def references(times: Times, given: list[Load], names: Sequence[str]) -> Times:
     """What arms are held against, made of the static ones.
 
-    "best of step": the least of a step, which is below what any rule can reach, since it picks from noise. "best of load": the arm
-    whose median is the least for that load. Single ones: by the sum over all steps.
+    "best of step": the least of a step, which is below what any rule can reach, since it picks from noise. "best of load":
+    the arm whose median is the least for that load. Single ones: by the sum over all steps.
     """
     kinds = defaultdict(list)
     for load in given:
