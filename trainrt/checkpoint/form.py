@@ -71,6 +71,7 @@ class ManifestForm(BaseModel):
     rng: dict[str, Any]
     config: dict[str, Any]
     plan_sha256: Any
+    mixtures: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> ManifestForm:

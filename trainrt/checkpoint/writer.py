@@ -371,12 +371,13 @@ def _manifest(
         tensors.append(tensor_entry(tensor, where.get(key) or _home(plan, tensor), entries.get(key, [])))
     owners = {tensor.name: tensor for tensor in plan.tensors.values() if tensor.role == "parameter"}
     tensors += [alias_entry(name, owners[owner]) for name, owner in aliases.items()]
-    kept = ("step", "optimizer", "scheduler", "data", "rng", "config", "plan_sha256", "mixtures")
+    kept = ("step", "optimizer", "scheduler", "data", "rng", "config", "plan_sha256")
     return {
         "schema": SCHEMA,
         "writer": f"trainrt {trainrt.__version__}",
         "run_id": plan.metadata.get("run_id", ""),
         **{key: plan.metadata.get(key, {}) for key in kept},
+        "mixtures": plan.metadata.get("mixtures", []),
         "files": files,
         "tensors": tensors,
     }

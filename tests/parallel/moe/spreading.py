@@ -7,7 +7,9 @@ from torch import nn
 from trainrt.parallel.moe.strategy import PLAIN, Strategy
 
 
-def spread(model: nn.Module, name: str, ranks: int, strategy: Strategy = PLAIN) -> None:
+def spread(
+    model: nn.Module, name: str, ranks: int, strategy: Strategy = PLAIN, order: tuple[int, ...] | None = None
+) -> None:
     """Leave this rank its part of the experts `name`, which are computed by one strategy."""
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -18,4 +20,5 @@ def spread(model: nn.Module, name: str, ranks: int, strategy: Strategy = PLAIN) 
 
     mesh = init_device_mesh("cpu", (ranks,))
     groups = make_expert_groups(MeshSize(fsdp=ranks, ep=ranks), mesh, widths=[1], places=1)
-    spread_experts(model, {name: None}, mesh, groups, chooser=lambda module, layout: Fixed(strategy))
+    orders = {} if order is None else {name: order}
+    spread_experts(model, {name: None}, mesh, groups, chooser=lambda module, layout: Fixed(strategy), orders=orders)

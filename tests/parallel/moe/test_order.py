@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.jobs import job
+from tests.parallel.moe.spreading import spread
 from tests.parallel.moe.test_flex import gradients, of_one_process, problem
 from tests.ranks import run_ranks
 from tests.state import Trained
@@ -29,12 +30,10 @@ CASES = [
 
 def worst_error(rank: int, ranks: int, order: Any, weights_of: Any) -> float:
     """The largest relative error of output and gradients. Spread by `order`; `weights_of`: that of what is expected."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     from trainrt.parallel.moe.experts import Experts
-    from trainrt.parallel.moe.parallel import share_of, spread_experts
+    from trainrt.parallel.moe.parallel import share_of
 
-    mesh, worst = init_device_mesh("cpu", (ranks,)), 0.0
+    worst = 0.0
     for rows, strategy in CASES:
         dense, inputs, counts, weights = problem(len(ORDER), rows, ranks, torch.float64)
         expected = of_one_process(dense, inputs, counts, weights, rank)
@@ -44,7 +43,7 @@ def worst_error(rank: int, ranks: int, order: Any, weights_of: Any) -> float:
         ]
         dense.zero_grad()
         holder = torch.nn.ModuleDict({"experts": dense})
-        spread_experts(holder, {"experts": None}, mesh, None, strategy, orders={"experts": order})
+        spread(holder, "experts", ranks, strategy, order)
         found = gradients(dense, inputs[rank], counts[rank], weights[rank])
         for got, wanted in zip(found, expected, strict=True):
             worst = max(worst, float((got - wanted).norm()) / max(float(wanted.norm()), 1e-3))

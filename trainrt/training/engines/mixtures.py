@@ -88,7 +88,13 @@ def _sizes(module: nn.Module, layout: ExpertLayout, config: JobConfig, width: in
     elements = sum(parameter.numel() for parameter in module.parameters()) // layout.experts
     item = ITEM_BYTES[config.model.dtype]
     places = config.cluster.workers_per_node
-    return Sizes(replace(layout, order=None), places if layout.ranks % places == 0 else 1, width * item, elements * item, 2.0 * elements)
+    return Sizes(
+        replace(layout, order=None),
+        places if layout.ranks % places == 0 else 1,
+        width * item,
+        elements * item,
+        2.0 * elements,
+    )
 
 
 def _usual(strategies: list[Strategy], sizes: Sizes, config: JobConfig, size: MeshSize) -> Strategy:
