@@ -100,6 +100,7 @@ class MoeConfig(Section):
     degree: int | Literal["auto"] = "auto"
     backward_degree: int | Literal["auto"] = "auto"
     all_to_all: Literal["auto", "linear", "hierarchical"] = "auto"
+    hot_experts: int | Literal["auto"] = "auto"
     placement: Literal["none", "affinity"] = "none"
     zero_experts: int = Field(0, ge=0)
     copy_experts: int = Field(0, ge=0)
@@ -263,7 +264,8 @@ def to_toml(config: JobConfig) -> str:
 
 LEARNED = ("model", "data", "optimizer", "moe")
 STRATEGY_KEYS = {
-    "moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "moe.placement", "model.activation_checkpointing",
+    "moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "moe.hot_experts", "moe.placement",
+    "model.activation_checkpointing",
 }  # fmt: skip
 
 

@@ -39,7 +39,8 @@ def cases(ranks: int, numbers: tuple[int, ...] = EXPERTS) -> list[tuple[int, Str
             if r or (degree == backward == 1 and not way):
                 # Computed again or not, in turn.
                 again = len(found) % 2 == 1
-                found.append((experts, Strategy(r, degree, backward, way), again, rows))
+                hot = len(found) % 3 if experts >= max(ranks, 2) and r else 0
+                found.append((experts, Strategy(r, degree, backward, way, min(hot, experts - 1)), again, rows))
     return found
 
 

@@ -155,8 +155,8 @@ def test_buckets_follow_from_the_busiest_and_hold_similar_loads() -> None:
 
 
 @pytest.mark.parametrize(("hosts", "config", "number"), [
-    (False, MoeConfig(), 6), (True, MoeConfig(), 11), (False, MoeConfig(r=1), 5), (False, MoeConfig(r=1, degree=2), 1),
-    (True, MoeConfig(all_to_all="hierarchical"), 6), (False, MoeConfig(r=0), 1),
+    (False, MoeConfig(), 11), (True, MoeConfig(), 21), (False, MoeConfig(r=1), 10), (False, MoeConfig(r=1, degree=2), 2),
+    (True, MoeConfig(all_to_all="hierarchical"), 11), (False, MoeConfig(r=0), 1), (False, MoeConfig(hot_experts=0), 6),
 ])  # fmt: skip
 def test_strategies_are_those_the_config_leaves_open(hosts: bool, config: MoeConfig, number: int) -> None:
     assert len(list(Lattice(LAYOUT, hosts, config))) == number

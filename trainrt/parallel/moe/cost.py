@@ -91,7 +91,11 @@ def predict(key: Key, strategy: Strategy, sizes: Sizes, rates: Rates, *, recompu
     part = sizes.expert_bytes / layout.slices * (layout.slices / strategy.r - 1)
     gather = 3 * _way(sizes, rates, part / 3, False) if part else 0.0
     # The busiest link is that of the rank that sends most or of the one that receives most.
-    travelling = max(sent, busiest) * strategy.r * sizes.row_bytes * (ranks - 1) / ranks
+    travelling = max(sent, busiest) * strategy.r
+    if strategy.hot:
+        gather = 3 * _way(sizes, rates, strategy.hot * sizes.expert_bytes / 3, False)
+        travelling, busiest = _without_hottest(sent, busiest, ranks), min(sent, busiest)
+    travelling *= sizes.row_bytes * (ranks - 1) / ranks
     compute = busiest * sizes.row_flops * rates.flop
     again = recomputed or strategy.degree != strategy.backward_degree
     forward = gather + _pipelined(sizes, rates, strategy.hierarchical, travelling, compute, strategy.degree)
@@ -101,11 +105,17 @@ def predict(key: Key, strategy: Strategy, sizes: Sizes, rates: Rates, *, recompu
     return forward, backward
 
 
+def _without_hottest(sent: float, busiest: float, ranks: int) -> float:
+    """Rows of a rank that still travel if those of the hottest expert do not. All others are taken to have the same."""
+    rows = sent * ranks
+    even = max(rows - busiest, 0.0) / max(ranks - 1, 1)
+    return sent * (1 - max(busiest - even, 0.0) / max(rows, 1.0))
+
+
 def _pipelined(sizes: Sizes, rates: Rates, hierarchical: bool, volume: float, compute: float, degree: int) -> float:
     """When the last of `degree` chunks is back."""
     way = _way(sizes, rates, volume / degree, hierarchical)
-    done = link = degree * way
-    done = 0.0
+    done, link = 0.0, degree * way
     for k in range(degree):
         done = max(done, (k + 1) * way) + compute / degree + rates.chunk
         link = max(link, done) + way

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +17,7 @@ from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.mesh import ExpertGroups
 from trainrt.parallel.moe.exchange import Counts, Exchange, gather_counts
 from trainrt.parallel.moe.flex import GatherSlices, Piece, Travel
+from trainrt.parallel.moe.hot import Lend, hottest, places_of
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.strategy import Chooser, Strategy
 
@@ -83,8 +85,29 @@ class Spread:
         slices = groups.neighbours[layout.slices // strategy.r]
         if slices is not None:
             weights = [GatherSlices.apply(weight, dim, slices) for weight, dim in zip(weights, inner, strict=True)]
+        if strategy.hot:
+            return self._with_hot(strategy, x_ND, count_WE, pieces, weights)
+        return self._travelled(strategy, x_ND, count_WE, pieces, weights)
+
+    def _with_hot(
+        self, strategy: Strategy, x_ND: Tensor, count_WE: Counts, pieces: Sequence[Piece], weights: Sequence[Tensor]
+    ) -> Tensor:
+        """Rows of the hottest experts stay here, the others travel."""
+        ep, hot = self.groups.ep, hottest(count_WE, strategy.hot)
+        mine_E, rest_WE = count_WE[ep.rank()], count_WE.copy()
+        rest_WE[:, hot] = 0
+        lent = Lend.apply(places_of(hot, self.layout), self.layout.here(ep.rank()), ep, *weights)
+        stays = np.isin(np.arange(len(mine_E)), hot).repeat(mine_E)
+        stay_N, go_N = (torch.from_numpy(np.flatnonzero(rows)).to(x_ND.device) for rows in (stays, ~stays))
+        gone_ND = self._travelled(strategy, x_ND[go_N], rest_WE, pieces, weights)
+        stayed_ND = through(pieces, x_ND[stay_N], mine_E[hot].tolist(), lent)
+        return torch.zeros_like(x_ND).index_copy(0, go_N, gone_ND).index_copy(0, stay_N, stayed_ND)
+
+    def _travelled(
+        self, strategy: Strategy, x_ND: Tensor, count_WE: Counts, pieces: Sequence[Piece], weights: Sequence[Tensor]
+    ) -> Tensor:
         exchange = Exchange.plan(
-            count_WE, layout, groups, device=x_ND.device, r=strategy.r, hierarchical=strategy.hierarchical
+            count_WE, self.layout, self.groups, device=x_ND.device, r=strategy.r, hierarchical=strategy.hierarchical
         )
         degrees = strategy.degree, strategy.backward_degree
         if exchange.source is None:

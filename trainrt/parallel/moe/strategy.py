@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
 
@@ -22,16 +22,18 @@ DEGREES = (1, 2, 4, 8, 16)
 class Strategy:
     """r: 0 gathers experts, r >= 1 sends each row to r groups of ranks. degree, backward_degree: chunks on the way.
 
-    hierarchical: rows go through the ranks of their own host first.
+    hierarchical: rows go through the ranks of their own host first. hot: so many of the experts with most rows are lent to all
+    ranks, and rows of these stay where they are.
     """
 
     r: int = 1
     degree: int = 1
     backward_degree: int = 1
     hierarchical: bool = False
+    hot: int = 0
 
     def __str__(self) -> str:
-        way = ", hierarchical" if self.hierarchical else ""
+        way = (", hierarchical" if self.hierarchical else "") + (f", {self.hot} hot" if self.hot else "")
         return f"r {self.r}, degree {self.degree}, backward degree {self.backward_degree}{way}"
 
 
@@ -56,13 +58,15 @@ class Lattice:
         rs = self.layout.choices if config.r == "auto" else [config.r]
         degrees: Sequence[int] = DEGREES if config.degree == "auto" else [config.degree]
         ways = {"auto": [False, True] if self.hosts else [False], "linear": [False], "hierarchical": [True]}
-        for r, degree, way in product(rs, degrees, ways[config.all_to_all]):
-            strategy = Strategy(r, degree, degree, way)
-            if config.backward_degree != "auto":
-                strategy = replace(strategy, backward_degree=config.backward_degree)
+        if 0 in rs:
             # What is gathered has no chunks and no way.
-            if r or (degree == degrees[0] and way == ways[config.all_to_all][0]):
-                yield strategy if r else PLAIN_GATHER
+            yield Strategy(0)
+        hots = [0, 1] if config.hot_experts == "auto" else [config.hot_experts]
+        # Slices of an expert are many ranks' already.
+        hots = hots if self.layout.slices == 1 and self.layout.experts > 1 else [0]
+        for r, degree, way, hot in product([r for r in rs if r], degrees, ways[config.all_to_all], hots):
+            backward = degree if config.backward_degree == "auto" else config.backward_degree
+            yield Strategy(r, degree, backward, way, hot)
 
     def check(self) -> None:
         """Raises PlanError where the config asks for what the layout or the hosts do not allow."""
@@ -72,14 +76,13 @@ class Lattice:
                 f"moe.r = {r} with {layout.experts} experts over parallel.ep = {layout.ranks}; "
                 f'allowed: "auto", {", ".join(map(str, layout.choices))}'
             )
+        if self.config.hot_experts not in ("auto", *range(layout.experts)):
+            raise PlanError(f'moe.hot_experts = {self.config.hot_experts}; allowed: "auto", 0 to {layout.experts - 1}')
         if self.config.all_to_all == "hierarchical" and not self.hosts:
             raise PlanError(
                 f'moe.all_to_all = "hierarchical" with parallel.ep = {layout.ranks}: it takes several hosts with several '
                 f'ranks of ep on each (cluster.workers_per_node); allowed: "auto", "linear"'
             )
-
-
-PLAIN_GATHER = Strategy(r=0)
 
 
 def check_listed(config: MoeConfig, name: str) -> None:
@@ -123,7 +126,7 @@ class Fixed:
     @property
     def agreed(self) -> tuple[int, ...]:
         s = self.strategy
-        return s.r, s.degree, s.backward_degree, int(s.hierarchical)
+        return s.r, s.degree, s.backward_degree, int(s.hierarchical), s.hot
 
     def choose(self, count_WE: Counts) -> Choice:
         return Choice(self.strategy)

@@ -38,6 +38,8 @@ DRIFT, WINDOW = 1.3, 8
 """The median of so many times is larger or smaller by this factor than when the strategy was chosen: it is tried again."""
 WORTH = 0.9
 """A strategy that was not tried is worth it where it is predicted to take this share of the chosen one's time."""
+FEWEST_TO_FIT, GROWTH = 4, 1.25
+"""Pairs of bucket and strategy that were measured before rates are fitted, and by what factor more before they are again."""
 COLUMNS = 6
 HISTORY = 64
 """Observations that rates are fitted to, the newest."""
@@ -84,7 +86,7 @@ class Tuner:
         self.strategies, self.sizes, self.rates, self.group = list(strategies), sizes, rates, group
         self.recomputed = recomputed
         self.entries: dict[Key, Entry] = {}
-        self.history: list[Observation] = []
+        self.seen: dict[tuple[Key, Strategy], list[tuple[float, float]]] = {}
         self.calls: Counter[tuple[Strategy, str]] = Counter()
         self.last: Counter[tuple[Strategy, str]] = Counter()
         self._fitted_at = self._version = 0
@@ -143,25 +145,26 @@ class Tuner:
                 known = found.get(at, (0.0, 0.0))
                 found[at] = max(known[0], forward), max(known[1], backward)
         self.last, self.calls = self.calls, Counter()
-        opened = False
         for (key, index), seconds in sorted(found.items()):
             strategy = self.strategies[index]
             entry = self.entries.get(key)
             if entry is None:
                 entry = self.entries[key] = Entry(self._candidates(key))
+            self.seen[key, strategy] = [*self.seen.get((key, strategy), []), seconds][-WINDOW:]
+            entry.tried.add(strategy)
             if entry.chosen is None:
                 entry.samples.setdefault(strategy, []).append(seconds)
-                entry.tried.add(strategy)
-                opened |= self._compare(key, entry)
+                self._compare(entry)
             elif strategy == entry.chosen:
                 self._watch(entry, key, sum(seconds))
-        if opened:
+        if len(self.seen) >= max(FEWEST_TO_FIT, GROWTH * self._fitted_at):
             self._refine()
         self._version += 1
 
     def _candidates(self, key: Key) -> list[Strategy]:
-        best = self._best(key)
-        return best[: max(1, min(self._allowance(1), 2))] if len(best) > 1 else best
+        """The one that is predicted to be fastest; of the first buckets, from which rates are learned, the next one too."""
+        first = not self._fitted_at and len(self.entries) < FEWEST_TO_FIT / 2 and self._allowance(1) > 1
+        return self._best(key)[: 2 if first else 1]
 
     def _allowance(self, new: int) -> int:
         """How many strategies may still be tried, with so many new buckets."""
@@ -170,58 +173,58 @@ class Tuner:
         spent = sum(max(len(entry.tried), len(entry.candidates)) for entry in self.entries.values())
         return math.floor(SHARE_OF_TRIALS * paper * (len(self.entries) + new)) - spent
 
-    def _compare(self, key: Key, entry: Entry) -> bool:
-        """Drop candidates that are slower with confidence; choose the last. Whether one was chosen."""
+    def _compare(self, entry: Entry) -> None:
+        """Drop candidates that are slower with confidence; choose the last."""
         times = {s: [math.log(sum(t)) for t in entry.samples.get(s, ())] for s in entry.candidates}
         if min(map(len, times.values())) < FEWEST:
-            return False
+            return
         best = min(times, key=lambda s: (median(times[s]), s))
         for other in list(entry.candidates):
             if other != best:
                 entry.confidence = _confidence(times[best], times[other])
                 if entry.confidence >= CONFIDENCE or len(times[other]) >= MOST:
                     entry.candidates.remove(other)
-        if len(entry.candidates) > 1:
-            return False
-        entry.chosen, entry.why = best, "measured" if len(times) > 1 else "predicted"
-        entry.usual, entry.recent = math.exp(median(times[best])), []
-        for strategy, seconds in entry.samples.items():
-            forward, backward = (median(column) for column in zip(*seconds, strict=True))
-            self.history.append(Observation(key, strategy, forward, backward))
-        return True
+        if len(entry.candidates) == 1:
+            entry.chosen, entry.why = best, "measured" if len(times) > 1 else "predicted"
+            entry.usual, entry.recent = math.exp(median(times[best])), []
 
     def _watch(self, entry: Entry, key: Key, seconds: float) -> None:
         entry.recent = [*entry.recent, seconds][-WINDOW:]
         drift = median(entry.recent) / entry.usual
         if len(entry.recent) == WINDOW and not 1 / DRIFT < drift < DRIFT:
-            self._reopen(key, entry, f"drifted by a factor of {drift:.2f}")
+            other = next((s for s in self._best(key) if s != entry.chosen), None)
+            self._reopen(key, other, f"drifted by a factor of {drift:.2f}")
 
-    def _reopen(self, key: Key, entry: Entry, why: str) -> None:
-        assert entry.chosen is not None
-        others = [s for s in self._best(key) if s != entry.chosen][:1]
-        entry.candidates, entry.samples = [entry.chosen, *others], {}
-        entry.chosen, entry.why, entry.recent = None, why, []
+    def _reopen(self, key: Key, other: Strategy | None, why: str) -> None:
+        """Compare what was chosen with another one."""
+        entry = self.entries[key]
+        known = [entry.chosen] if entry.chosen is not None else entry.candidates
+        entry.candidates = [*known, *([other] if other is not None and other not in known else [])]
+        entry.samples, entry.chosen, entry.why, entry.recent = {}, None, why, []
 
     def _refine(self) -> None:
-        """Fit the rates where there is enough that is new, and try what they say is better than what was chosen."""
-        if len(self.history) < max(4, 1.25 * self._fitted_at):
-            return
-        self._fitted_at = len(self.history)
-        box = [
-            fit(self.history[-HISTORY:], self.sizes, self.rates, recomputed=self.recomputed)
-            if dist.get_rank() == 0
-            else None
-        ]
+        """Fit the rates to what was measured, and try what they say is better than what was chosen, most promising first."""
+        self._fitted_at = len(self.seen)
+        box: list[Rates | None] = [None]
+        if dist.get_rank() == 0:
+            box = [fit(self.observations(), self.sizes, self.rates, recomputed=self.recomputed)]
         dist.broadcast_object_list(box, 0)
         assert box[0] is not None
         self.rates = box[0]
+        promising = []
         for key, entry in self.entries.items():
             best = self._best(key)[0]
-            if entry.chosen is None or best in entry.tried or self._allowance(0) < 1:
-                continue
-            if self.predicted(key, best) < WORTH * self.predicted(key, entry.chosen):
-                self._reopen(key, entry, "another one is predicted to be faster")
-                entry.tried.add(best)
+            share = self.predicted(key, best) / min(self.predicted(key, s) for s in entry.tried)
+            if best not in entry.tried and share < WORTH:
+                promising.append((share, key, best))
+        for _, key, best in sorted(promising):
+            if self._allowance(0) >= 1:
+                self._reopen(key, best, "another one is predicted to be faster")
+
+    def observations(self) -> list[Observation]:
+        """The medians of what was measured, of the newest buckets and strategies."""
+        newest = list(self.seen.items())[-HISTORY:]
+        return [Observation(*at, *(median(column) for column in zip(*times, strict=True))) for at, times in newest]
 
     # What outlives the process.
 
@@ -241,7 +244,7 @@ class Tuner:
         ]  # fmt: skip
         history = [
             {"bucket": list(o.key), "strategy": asdict(o.strategy), "forward": o.forward, "backward": o.backward}
-            for o in self.history[-HISTORY:]
+            for o in self.observations()
         ]
         return {"sizes": asdict(self.sizes), "rates": asdict(self.rates), "chosen": chosen, "history": history}
 
@@ -257,10 +260,8 @@ class Tuner:
                     [strategy], tried=tried, chosen=strategy, usual=item["seconds"], **known
                 )
         for item in document["history"]:
-            self.history.append(
-                Observation(_key(item), Strategy(**item["strategy"]), item["forward"], item["backward"])
-            )
-        self._fitted_at = len(self.history)
+            self.seen[_key(item), Strategy(**item["strategy"])] = [(item["forward"], item["backward"])]
+        self._fitted_at = len(self.seen)
 
 
 def _key(item: dict[str, Any]) -> Key:
