@@ -4,8 +4,8 @@
 
 Needs root: the hosts are network namespaces of this machine, each of which sends at a limited rate (tc tbf); they are removed
 in the end. Ranks are processes of one thread, gloo; the layer is `Experts` spread over them: exchange, experts, exchange,
-forward and backward, float32, width 256. Arms share the processes and take turns step by step. All ratios are medians over
-pairs of runs next to each other, in brackets the bootstrap's 95 % interval; a time is that of the slowest rank.
+forward and backward, float32, width 256, inner width 512. Arms share the processes and take turns step by step. All ratios are
+medians over pairs of runs next to each other, in brackets the bootstrap's 95 % interval; a time is that of the slowest rank.
 
 Regimes: "balanced" is the rate at which the exchange takes as long as the experts (measured first), "link-bound" a quarter of it.
 
@@ -14,7 +14,8 @@ overlap: exchange alone, experts alone, both; also with experts that sleep as lo
 share of the shorter of the two that the other one hides, the exchange being cut into as many chunks. Chunks alone make an
 exchange faster (the link idles less): "with link use" has that gain in it.
 bytes: on two ranks, and on four of which two share a host.
-peers: a whole layer with its router under DeepSpeed-MoE (and Tutel where it is installed), same weights, routing and capacity.
+peers: a whole layer of four experts, top 2, with its router, under DeepSpeed-MoE (and Tutel where it is installed): same
+weights, routing and capacity.
 """
 
 from __future__ import annotations

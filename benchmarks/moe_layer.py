@@ -36,7 +36,7 @@ class Shape:
 
     experts: int
     width: int = 256
-    inner: int = 256
+    inner: int = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from trainrt.config import MoeConfig
 from trainrt.parallel.moe.layer import MoeLayer
 from trainrt.parallel.moe.strategy import Strategy
 
-EXPERTS, TOP_K, WIDTH, INNER = 4, 2, 256, 256
+EXPERTS, TOP_K, WIDTH, INNER = 4, 2, 256, 512
 TOKENS, SHORT_TOKENS = (256, 2048), (256,)
 FACTORS = {"dropless": 0.0, "capacity 1.25": 1.25}
 OURS = {"r 0": Strategy(0), "degree 1": Strategy(), "degree 4": Strategy(1, 4, 4)}
@@ -118,10 +118,15 @@ def contenders(factor: float) -> dict[str, Run]:
     return field | {name: functools.partial(peer, name=name) for name in theirs}
 
 
-def compete(rank: int, tokens: int, factor: float, pairs: int) -> Times:
+def compete(rank: int, cases: list[tuple[str, int]], pairs: int) -> list[Times]:
+    """One race for each (kind, tokens)."""
+    fields = {kind: contenders(FACTORS[kind]) for kind, _ in cases}
+    return [race(rank, fields[kind], FACTORS[kind], tokens, pairs) for kind, tokens in cases]
+
+
+def race(rank: int, field: dict[str, Run], factor: float, tokens: int, pairs: int) -> Times:
     """Seconds of forward and backward of each, in an order that changes. Without drops they have to agree first."""
     x_TD = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(rank))
-    field = contenders(factor)
     outputs = {name: run(x_TD).detach() for name, run in field.items()}
     for name, y_TD in outputs.items():
         error = float((y_TD - outputs["degree 1"]).norm() / outputs["degree 1"].norm())
@@ -142,19 +147,23 @@ def tutel_is_installed() -> bool:
 
 
 def peers(hosts: Hosts, rates: Mapping[str, float], *, pairs: int, short: bool) -> list[dict[str, Any]]:
-    found, lines = [], []
-    for regime, kind, tokens in product(rates, FACTORS, SHORT_TOKENS if short else TOKENS):
-        limit(hosts, rates[regime])
-        times = slowest(run_ranks(hosts, compete, tokens, FACTORS[kind], pairs))
-        case = {"regime": regime, "kind": kind, "tokens": tokens}
-        rows = [
-            case | {"peer": peer} | {name: ratios(times[peer], times[name]) for name in OURS}
-            for peer in times
-            if peer not in OURS
-        ]
-        lines += rows
-        found.append(case | {"megabits": rates[regime], "seconds": times, "ratios": rows})
-    print_table(f"peers, {EXPERTS} experts, top {TOP_K}: a peer's time over ours; above 1 ours is faster", lines)
+    found = []
+    cases = list(product(FACTORS, SHORT_TOKENS if short else TOKENS))
+    for regime, megabits in rates.items():
+        limit(hosts, megabits)
+        lines = []
+        races = zip(*run_ranks(hosts, compete, cases, pairs), strict=True)
+        for (kind, tokens), of_ranks in zip(cases, races, strict=True):
+            times = slowest(of_ranks)
+            case = {"kind": kind, "tokens": tokens}
+            rows = [
+                case | {"peer": peer} | {name: ratios(times[peer], times[name]) for name in OURS}
+                for peer in times
+                if peer not in OURS
+            ]
+            lines += rows
+            found.append({"regime": regime, "megabits": megabits, **case, "seconds": times, "ratios": rows})
+        print_table(f"peers, {regime} ({megabits:.0f} Mbit/s): a peer's time over ours; above 1 ours is faster", lines)
     if not tutel_is_installed():
         print("  Tutel is not installed")
     return found
