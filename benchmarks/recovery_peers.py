@@ -78,7 +78,7 @@ class Plain:
         batch = collate([self._samples[int(index)] for index in shards[self.rank]])
         output = model(batch["input_ids"])
         loss: Tensor = F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
-        (loss + moe.balance_loss * output.balance + moe.z_loss * output.z).backward()
+        (loss + moe.balance_loss * output.router.balance + moe.z_loss * output.router.z).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
 
     def state(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def main() -> None:
             batch = collate([train[int(i)] for i in ids])
             output = model(batch["input_ids"])
             loss = F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
-            total = loss + config.moe.balance_loss * output.balance + config.moe.z_loss * output.z
+            total = loss + config.moe.balance_loss * output.router.balance + config.moe.z_loss * output.router.z
             (total / len(mine)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         optimizer.step()

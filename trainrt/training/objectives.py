@@ -18,11 +18,15 @@ from trainrt.training.models.moe_lm import LmOutput
 
 
 class Loss(NamedTuple):
-    """Sum of losses, weight (tokens), and auxiliary terms: name -> (mean over the weight, coefficient)."""
+    """Sum of losses, weight (tokens), and auxiliary terms: name -> (mean over the weight, coefficient).
+
+    statistics: means that are reported as auxiliary terms are, and learned from by nobody.
+    """
 
     sum: Tensor
     weight: Tensor
     auxiliary: Mapping[str, tuple[Tensor, float]] = {}
+    statistics: Mapping[str, Tensor] = {}
 
     def total(self) -> Tensor:
         """What is differentiated: the sum and, per token, the auxiliary terms."""
@@ -44,7 +48,7 @@ def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Tensor, Te
 
 
 def causal(config: JobConfig) -> LossFunction:
-    """Next-token prediction; labels come shifted from the data. Adds the router's losses of `moe_lm`."""
+    """Next-token prediction; labels come shifted from the data. Adds the router's losses and statistics of `moe_lm`."""
     moe = config.moe
 
     def loss(model: nn.Module, batch: Mapping[str, Any]) -> Loss:
@@ -52,8 +56,10 @@ def causal(config: JobConfig) -> LossFunction:
             logits = model(input_ids=batch["input_ids"], use_cache=False).logits
             return Loss(*cross_entropy_sum(logits, batch["labels"]))
         output: LmOutput = model(batch["input_ids"])
-        auxiliary = {"balance_loss": (output.balance, moe.balance_loss), "z_loss": (output.z, moe.z_loss)}
-        return Loss(*cross_entropy_sum(output.logits, batch["labels"]), auxiliary)
+        router = output.router
+        auxiliary = {"balance_loss": (router.balance, moe.balance_loss), "z_loss": (router.z, moe.z_loss)}
+        statistics = {"moe_dropped": router.dropped, "moe_load": router.load}
+        return Loss(*cross_entropy_sum(output.logits, batch["labels"]), auxiliary, statistics)
 
     return loss
 

@@ -73,7 +73,7 @@ def test_output_balance_scores_and_gradients_are_those_of_the_definition(factor:
     if factor:
         share = factor * 24 * TOP_K / (TAU * FFN + KINDS.free)
         limits = [-int(-TAU * share // 1)] * FFN + [-int(-share // 1)] * KINDS.free
-    y, balance, _, scores = made(x, before)
+    y, (balance, *_), scores = made(x, before)
     wanted, wanted_balance, wanted_scores = by_definition(made, x[0], before, limits)
     torch.testing.assert_close(y[0], wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(balance, wanted_balance, rtol=1e-12, atol=1e-12)
@@ -105,7 +105,7 @@ def exchanged(rank: int) -> tuple[int, int, int, float]:
 
     made, x = layer(), tokens(seed=rank)
     wanted = made(x)[0].detach()
-    chosen = made.router(x[0]).expert_TK
+    chosen = made.router(x[0]).rows.expert_N
     sent: list[int] = []
     plan = Exchange.plan.__func__
 

@@ -59,7 +59,8 @@ def parallelize(
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step came to, equal on all ranks. Losses are means over the global batch's weight.
+    """What one optimizer step came to, equal on all ranks. Losses are means over the global batch's weight, and so is
+    what is auxiliary: other losses, and statistics.
 
     slowest: of each number that the ranks brought, the largest.
     """
@@ -307,7 +308,8 @@ class _Gathered:
 
 
 def _numbers(loss: Loss, digest: int) -> LeafResult:
-    auxiliary = {name: float(mean.detach()) for name, (mean, _) in loss.auxiliary.items()}
+    means = {name: mean for name, (mean, _) in loss.auxiliary.items()} | dict(loss.statistics)
+    auxiliary = {name: float(mean.detach()) for name, mean in means.items()}
     return LeafResult(float(loss.sum.detach()), float(loss.weight), auxiliary, digest)
 
 

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from trainrt.config import MoeConfig, MoeLmConfig
 from trainrt.parallel.moe.layer import MoeLayer
+from trainrt.parallel.moe.router import RouterNumbers
 
 
 class LmOutput(NamedTuple):
-    """Logits (B, S, V) and the router's losses, summed over layers; each is a mean over tokens."""
+    """Logits (B, S, V) and the routers' numbers: losses summed over layers, statistics averaged over them."""
 
     logits: Tensor
-    balance: Tensor
-    z: Tensor
+    router: RouterNumbers
 
 
 class RmsNorm(nn.Module):
@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Returns its output, the router's losses (zeros where it has no router) and scores (those from before)."""
+    """One layer. Returns its output, its router's numbers (None where it has none) and scores (those from before)."""
 
     def __init__(self, config: MoeLmConfig, moe: MoeConfig | None) -> None:
         super().__init__()
@@ -102,15 +102,13 @@ class Block(nn.Module):
         else:
             self.mlp = MoeLayer(moe, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size)
 
-    def forward(self, x_BSD: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(self, x_BSD: Tensor, before: Tensor | None) -> tuple[Tensor, RouterNumbers | None, Tensor | None]:
         x_BSD = x_BSD + self.self_attn(self.attention_norm(x_BSD))
         normed_BSD = self.mlp_norm(x_BSD)
-        if isinstance(self.mlp, MoeLayer):
-            y_BSD, balance, z, before = self.mlp(normed_BSD, before)
-        else:
-            y_BSD = self.mlp(normed_BSD)
-            balance = z = torch.zeros((), device=x_BSD.device)
-        return x_BSD + y_BSD, balance, z, before
+        if not isinstance(self.mlp, MoeLayer):
+            return x_BSD + self.mlp(normed_BSD), None, before
+        y_BSD, numbers, scores = self.mlp(normed_BSD, before)
+        return x_BSD + y_BSD, numbers, scores
 
 
 class MoeLm(nn.Module):
@@ -131,15 +129,13 @@ class MoeLm(nn.Module):
 
     def forward(self, input_ids: Tensor) -> LmOutput:
         x_BSD = self.embed_tokens(input_ids)
-        balances, zs = [], []
+        routers: list[RouterNumbers] = []
         scores: Tensor | None = None
         for block in self.layers:
-            x_BSD, balance, z, scores = block(x_BSD, scores if self.residual else None)
-            balances.append(balance)
-            zs.append(z)
-        zero = torch.zeros((), device=x_BSD.device)
-        logits_BSV = self.lm_head(self.norm(x_BSD))
-        return LmOutput(logits_BSV, sum(balances, start=zero), sum(zs, start=zero))
+            x_BSD, numbers, scores = block(x_BSD, scores if self.residual else None)
+            if numbers is not None:
+                routers.append(numbers)
+        return LmOutput(self.lm_head(self.norm(x_BSD)), RouterNumbers.over(routers, x_BSD.device))
 
     @torch.no_grad()
     def initialize(self) -> None:
