@@ -74,6 +74,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"moe": {"r": -1}}, ["moe.r = -1", '"auto", 0, or a divisor']),
     ({"checkpoint": {"compress": "lz4"}}, ["checkpoint.compress", "zstd"]),
     ({"moe": {"top_k": 9}}, ["moe.top_k = 9", "moe.experts = 8"]),
+    ({"moe": {"prioritised": True}}, ["moe.prioritised = true", "moe.capacity_factor other than 0"]),
     ({"moe": {"dropless": True, "capacity_factor": 1.0}}, ["moe.dropless", "moe.capacity_factor"]),
     ({"model": {"config": {"heads": 3}}}, ["model.config.heads = 3", "model.config.hidden_size = 128"]),
     ({"model": {"config": {"kv_heads": 3}}}, ["model.config.kv_heads = 3", "model.config.heads = 4"]),
@@ -83,6 +84,13 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": {"kind": "huggingface", "config": "/no/such/model"}}, ["model.config", "config.json"]),
     ({"model": {"kind": "huggingface", "config": {}}}, ["model.config", "model_type"]),
     ({"model": {"kind": "huggingface", "config": {"model_type": "llama"}}, "moe": {"experts": 4}}, ["moe.experts = 4"]),
+    (
+        {
+            "model": {"kind": "huggingface", "config": {"model_type": "llama"}},
+            "moe": {"prioritised": True, "capacity_factor": 1},
+        },
+        ["moe.prioritised = true: only moe_lm has this"],
+    ),
     ({"model": {"kind": "moe_lm", "config": "somewhere"}}, ["model.config", "table"]),
 ]
 

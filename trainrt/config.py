@@ -96,6 +96,7 @@ class MoeConfig(Section):
     every: int = Field(1, ge=1)
     capacity_factor: float = 0.0
     dropless: bool = False
+    prioritised: bool = False
     r: int | Literal["auto"] = "auto"
     degree: int | Literal["auto"] = "auto"
     backward_degree: int | Literal["auto"] = "auto"
@@ -267,6 +268,7 @@ STRATEGY_KEYS = {
     "moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "moe.hot_experts", "moe.placement",
     "model.activation_checkpointing",
 }  # fmt: skip
+MOE_LM_KEYS = ("prioritised",)
 
 
 def learned_differences(old: JobConfig, new: JobConfig) -> list[str]:
@@ -359,6 +361,7 @@ def _problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str]:
     yield from _data_problems(config)
     yield from _recovery_problems(config)
     yield from _strategy_problems(config.moe)
+    yield from _routing_problems(config.moe)
     yield from _mesh_problems(config)
     yield from _model_problems(config, document)
 
@@ -415,6 +418,11 @@ def _strategy_problems(moe: MoeConfig) -> Iterator[str]:
         yield f'moe.r = {moe.r}; allowed: "auto", 0, or a divisor of parallel.ep / moe.experts'
 
 
+def _routing_problems(moe: MoeConfig) -> Iterator[str]:
+    if moe.prioritised and moe.capacity_factor == 0:
+        yield "moe.prioritised = true says which rows a capacity drops: it needs moe.capacity_factor other than 0"
+
+
 def _mesh_problems(config: JobConfig) -> Iterator[str]:
     mesh = config.mesh()
     if mesh is None:
@@ -460,6 +468,9 @@ def _model_problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str
             yield f"moe.{key} = {given[key]}: a Hugging Face model says this itself; leave the key out"
     if config.moe.placement != "none":
         yield f'moe.placement = "{config.moe.placement}" is for model.kind = "moe_lm"; allowed: "none"'
+    for key in MOE_LM_KEYS:
+        if key in given and given[key] != getattr(MoeConfig(), key):
+            yield f"moe.{key} = {json.dumps(given[key])}: only moe_lm has this; leave the key out"
     yield from _huggingface_problems(config, mesh)
 
 

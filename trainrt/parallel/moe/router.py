@@ -68,13 +68,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(kinds.all, hidden_size))
         self.residual = nn.Parameter(torch.empty(kinds.all, kinds.all)) if kinds.free else None
         self.kinds, self.top_k, self.tau = kinds, moe.top_k, moe.tau
-        self.capacity_factor = moe.capacity_factor
+        self.capacity_factor, self.prioritised = moe.capacity_factor, moe.prioritised
 
     def forward(self, x_TD: Tensor, before_TE: Tensor | None = None) -> Routing:
         """`before_TE`: the scores of the layer before; None in the first one."""
         logits_TE = self.scores(x_TD, before_TE)
         probability_TE = logits_TE.softmax(-1)
-        weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
+        chosen_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
+        weight_TK = chosen_TK
         chosen_E = F.one_hot(expert_TK, self.kinds.all).to(logits_TE.dtype)
         if self.kinds.free:
             balance = balance_loss(chosen_E.sum(1).mean(0), probability_TE.mean(0), self.kinds, self.tau)
@@ -82,7 +83,7 @@ class Router(nn.Module):
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
             # Switch Transformer (arXiv 2101.03961, equations 4-6), over all k choices.
             balance = self.kinds.ffn * (chosen_E.mean((0, 1)) * probability_TE.mean(0)).sum()
-        expert_N, order_N = expert_TK.flatten().sort(stable=True)
+        expert_N, order_N = self._sorted(expert_TK.flatten(), chosen_TK.flatten())
         count_E = torch.bincount(expert_N, minlength=self.kinds.all)
         rows = Rows(order_N // self.top_k, expert_N, weight_TK.to(x_TD.dtype).flatten()[order_N], count_E)
         kept = self._limited(rows, tokens=len(x_TD))
@@ -96,6 +97,20 @@ class Router(nn.Module):
             before_TE = torch.zeros_like(logits_TE) if before_TE is None else before_TE.view_as(logits_TE)
             logits_TE = logits_TE + F.linear(before_TE, self.residual.to(precise))
         return logits_TE
+
+    def _sorted(self, expert_N: Tensor, chosen_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' experts in order, and where each row stood.
+
+        Rows of an expert stay in the order of their tokens, so that capacity drops the last, or go by the probability with
+        which they chose it, so that it drops the least: batch-prioritised routing (V-MoE, arXiv 2106.05974, section 3.4).
+        There a token has one priority, the largest of its probabilities; here a second choice has its own. It is the
+        probability and not the weight, which is one for every token that makes one choice.
+        """
+        if not self.prioritised:
+            return expert_N.sort(stable=True)
+        first_N = chosen_N.argsort(descending=True, stable=True)
+        expert_N, order_N = expert_N[first_N].sort(stable=True)
+        return expert_N, first_N[order_N]
 
     def _limited(self, rows: Rows, *, tokens: int) -> Rows:
         """What is left of the rows when each expert takes the first ones, up to its capacity."""
