@@ -106,6 +106,7 @@ class MoeConfig(Section):
     zero_experts: int = Field(0, ge=0)
     copy_experts: int = Field(0, ge=0)
     constant_experts: int = Field(0, ge=0)
+    shared_experts: int = Field(0, ge=0)
     tau: float = Field(0.75, gt=0, le=1)
     balance_loss: float = Field(0.01, ge=0)
     z_loss: float = Field(0.001, ge=0)
@@ -268,7 +269,7 @@ STRATEGY_KEYS = {
     "moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "moe.hot_experts", "moe.placement",
     "model.activation_checkpointing",
 }  # fmt: skip
-MOE_LM_KEYS = ("prioritised",)
+MOE_LM_KEYS = ("prioritised", "shared_experts")
 
 
 def learned_differences(old: JobConfig, new: JobConfig) -> list[str]:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from trainrt.config import MoeConfig
 from trainrt.parallel.moe.experts import Experts
+from trainrt.parallel.moe.feed_forward import FeedForward
 from trainrt.parallel.moe.router import Router, RouterNumbers, Rows
 from trainrt.parallel.moe.zero_computation import Kinds, ZeroComputation
 
 
 class MoeLayer(nn.Module):
-    """Top-k mixture of experts.
+    """A mixture of experts, and shared experts beside it, which every token goes through: DeepSeekMoE (arXiv 2401.06066,
+    equation 9). Those are one network as wide as all of them, which is the same sum.
 
     Statistics and capacity are of one call, which is one logical shard: they do not depend on how
     many ranks there are (DESIGN: determinism of the global batch).
@@ -27,6 +29,8 @@ class MoeLayer(nn.Module):
         self.router = Router(moe, kinds=self.kinds, hidden_size=hidden_size)
         self.experts = Experts(experts=moe.experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.free = ZeroComputation(self.kinds, hidden_size) if self.kinds.free else None
+        width = moe.shared_experts * intermediate_size
+        self.shared = FeedForward(hidden_size=hidden_size, intermediate_size=width) if width else None
         self.number_of_experts = self.kinds.all
         self.top_k = moe.top_k
 
@@ -37,7 +41,10 @@ class MoeLayer(nn.Module):
         """
         x_TD = x_BSD.flatten(0, -2)
         routing = self.router(x_TD, before)
-        return self._mix(x_TD, routing.rows).view_as(x_BSD), routing.numbers, routing.logits_TE
+        y_BSD = self._mix(x_TD, routing.rows).view_as(x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(x_BSD)
+        return y_BSD, routing.numbers, routing.logits_TE
 
     def _mix(self, x_TD: Tensor, rows: Rows) -> Tensor:
         token_N, expert_N, weight_N, count_E = rows

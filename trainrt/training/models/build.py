@@ -60,7 +60,16 @@ def whole_model(config: JobConfig, own: Callable[[], nn.Module] | None, *, fresh
 def model_document(config: JobConfig) -> dict[str, Any]:
     """What stands in a checkpoint's model/config.json: for Hugging Face models, what transformers reads."""
     if config.model.kind == "moe_lm":
-        kept = ("experts", "top_k", "every", "zero_experts", "copy_experts", "constant_experts", "tau")
+        kept = (
+            "experts",
+            "top_k",
+            "every",
+            "zero_experts",
+            "copy_experts",
+            "constant_experts",
+            "tau",
+            "shared_experts",
+        )
         moe = {key: getattr(config.moe, key) for key in kept}
         return {"model_type": "trainrt_moe_lm", "architectures": ["MoeLm"], **config.moe_lm.model_dump(), "moe": moe}
     document = huggingface_config(config).to_dict()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainrt.config import MoeConfig, MoeLmConfig
+from trainrt.parallel.moe.feed_forward import FeedForward
 from trainrt.parallel.moe.layer import MoeLayer
 from trainrt.parallel.moe.router import RouterNumbers
 
@@ -75,19 +76,6 @@ class Attention(nn.Module):
         return self.o_proj(y_BHSC.transpose(1, 2).flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
-
-    def __init__(self, config: MoeLmConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
-
-
 class Block(nn.Module):
     """One layer. Returns its output, its router's numbers (None where it has none) and scores (those from before)."""
 
@@ -98,7 +86,7 @@ class Block(nn.Module):
         self.mlp_norm = RmsNorm(config.hidden_size, config.norm_epsilon)
         self.mlp: nn.Module
         if moe is None:
-            self.mlp = FeedForward(config)
+            self.mlp = FeedForward(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size)
         else:
             self.mlp = MoeLayer(moe, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size)
 
