@@ -75,6 +75,17 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"checkpoint": {"compress": "lz4"}}, ["checkpoint.compress", "zstd"]),
     ({"moe": {"top_k": 9}}, ["moe.top_k = 9", "moe.experts = 8"]),
     ({"moe": {"prioritised": True}}, ["moe.prioritised = true", "moe.capacity_factor other than 0"]),
+    ({"moe": {"balance": "bias", "copy_experts": 1}}, ['moe.balance = "bias"', "zero-computation", '"loss"']),
+    ({"moe": {"balance": "bias", "bias_rate": 0}}, ["moe.bias_rate = 0", "greater than 0"]),
+    (
+        {"moe": {"routing": "expert_choice", "prioritised": True, "capacity_factor": 2, "balance": "bias"}},
+        ['moe.routing = "expert_choice"', "moe.prioritised = true", 'moe.balance = "bias"'],
+    ),
+    (
+        {"moe": {"routing": "expert_choice", "zero_experts": 1}},
+        ['moe.routing = "expert_choice"', "moe.zero_experts", "top_k"],
+    ),
+    ({"moe": {"routing": "expert_choice", "dropless": True}}, ['moe.routing = "expert_choice"', "moe.dropless = true"]),
     ({"moe": {"dropless": True, "capacity_factor": 1.0}}, ["moe.dropless", "moe.capacity_factor"]),
     ({"model": {"config": {"heads": 3}}}, ["model.config.heads = 3", "model.config.hidden_size = 128"]),
     ({"model": {"config": {"kv_heads": 3}}}, ["model.config.kv_heads = 3", "model.config.heads = 4"]),
@@ -168,3 +179,10 @@ def test_a_wrong_config_loads_neither_torch_nor_ray() -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.toml: No such file"):
         load(tmp_path / "nothing.toml")
+
+
+def test_a_bias_leaves_no_balance_loss_unless_one_is_given() -> None:
+    assert parse({}).moe.balance_loss == 0.01
+    for moe, expected in (({"balance": "bias"}, 0.0), ({"balance": "bias", "balance_loss": 0.02}, 0.02)):
+        config = parse({"moe": moe})
+        assert config.moe.balance_loss == expected and parse(tomllib.loads(to_toml(config))) == config

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainrt.errors import ConfigError, nearest
 
@@ -97,6 +97,7 @@ class MoeConfig(Section):
     capacity_factor: float = 0.0
     dropless: bool = False
     prioritised: bool = False
+    routing: Literal["top_k", "expert_choice"] = "top_k"
     r: int | Literal["auto"] = "auto"
     degree: int | Literal["auto"] = "auto"
     backward_degree: int | Literal["auto"] = "auto"
@@ -108,8 +109,16 @@ class MoeConfig(Section):
     constant_experts: int = Field(0, ge=0)
     shared_experts: int = Field(0, ge=0)
     tau: float = Field(0.75, gt=0, le=1)
+    balance: Literal["loss", "bias"] = "loss"
     balance_loss: float = Field(0.01, ge=0)
+    bias_rate: float = Field(0.001, gt=0)
     z_loss: float = Field(0.001, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_loss_beside_a_bias(cls, given: Any) -> Any:
+        """Where a bias keeps the balance, no loss does unless it is asked for."""
+        return {"balance_loss": 0.0, **given} if isinstance(given, dict) and given.get("balance") == "bias" else given
 
 
 class EngineConfig(Section):
@@ -269,7 +278,7 @@ STRATEGY_KEYS = {
     "moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "moe.hot_experts", "moe.placement",
     "model.activation_checkpointing",
 }  # fmt: skip
-MOE_LM_KEYS = ("prioritised", "shared_experts")
+MOE_LM_KEYS = ("prioritised", "routing", "shared_experts", "balance")
 
 
 def learned_differences(old: JobConfig, new: JobConfig) -> list[str]:
@@ -422,6 +431,23 @@ def _strategy_problems(moe: MoeConfig) -> Iterator[str]:
 def _routing_problems(moe: MoeConfig) -> Iterator[str]:
     if moe.prioritised and moe.capacity_factor == 0:
         yield "moe.prioritised = true says which rows a capacity drops: it needs moe.capacity_factor other than 0"
+    if moe.balance == "bias" and moe.zero_experts + moe.copy_experts + moe.constant_experts:
+        yield (
+            'moe.balance = "bias" evens out the load of all experts, and that of zero-computation experts is another '
+            '(moe.tau); allowed with them: "loss"'
+        )
+    if moe.routing == "expert_choice":
+        others = {
+            "moe.zero_experts, copy_experts or constant_experts": moe.zero_experts
+            + moe.copy_experts
+            + moe.constant_experts,
+            "moe.prioritised = true": moe.prioritised,
+            'moe.balance = "bias"': moe.balance == "bias",
+            "moe.dropless = true": moe.dropless,
+        }
+        for other, given in others.items():
+            if given:
+                yield f'moe.routing = "expert_choice" does not go with {other}; allowed with it: "top_k"'
 
 
 def _mesh_problems(config: JobConfig) -> Iterator[str]:

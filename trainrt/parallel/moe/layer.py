@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainrt.config import MoeConfig
+from trainrt.parallel.moe.expert_choice import ExpertChoiceRouter
 from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.moe.feed_forward import FeedForward
 from trainrt.parallel.moe.router import Router, RouterNumbers, Rows
@@ -16,8 +17,10 @@ from trainrt.parallel.moe.zero_computation import Kinds, ZeroComputation
 
 
 class MoeLayer(nn.Module):
-    """A mixture of experts, and shared experts beside it, which every token goes through: DeepSeekMoE (arXiv 2401.06066,
-    equation 9). Those are one network as wide as all of them, which is the same sum.
+    """A mixture of experts: tokens choose them, or they choose tokens.
+
+    Beside it stand shared experts, which every token goes through (DeepSeekMoE, arXiv 2401.06066, equation 9): one network
+    as wide as all of them, which is the same sum.
 
     Statistics and capacity are of one call, which is one logical shard: they do not depend on how
     many ranks there are (DESIGN: determinism of the global batch).
@@ -26,13 +29,14 @@ class MoeLayer(nn.Module):
     def __init__(self, moe: MoeConfig, *, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.kinds = Kinds(moe.experts, moe.zero_experts, moe.copy_experts, moe.constant_experts)
-        self.router = Router(moe, kinds=self.kinds, hidden_size=hidden_size)
+        router = ExpertChoiceRouter if moe.routing == "expert_choice" else Router
+        self.router = router(moe, kinds=self.kinds, hidden_size=hidden_size)
         self.experts = Experts(experts=moe.experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.free = ZeroComputation(self.kinds, hidden_size) if self.kinds.free else None
         width = moe.shared_experts * intermediate_size
         self.shared = FeedForward(hidden_size=hidden_size, intermediate_size=width) if width else None
         self.number_of_experts = self.kinds.all
-        self.top_k = moe.top_k
+        self.top_k = self.router.choices
 
     def forward(self, x_BSD: Tensor, before: Tensor | None = None) -> tuple[Tensor, RouterNumbers, Tensor]:
         """The output, what the router says of itself, and its scores.

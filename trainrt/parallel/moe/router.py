@@ -28,8 +28,8 @@ class Rows(NamedTuple):
 class RouterNumbers(NamedTuple):
     """What one logical shard's routing costs and how it went. Losses are means over tokens.
 
-    dropped: the share of rows that capacity left out. load: rows that chose the busiest expert, over the mean of all
-    experts, before any is dropped. Neither has a gradient.
+    dropped: the share of rows that capacity left out; of expert choice, of tokens that no expert took. load: rows that chose
+    the busiest expert, over the mean of all experts, before any is dropped. Neither has a gradient.
     """
 
     balance: Tensor
@@ -61,12 +61,20 @@ class Router(nn.Module):
     With FFN experts only, the weights of the chosen are renormalised to sum to one. With zero-computation experts (MoE++,
     arXiv 2410.07348) they are the probabilities as they are (equation 2), and scores of the layer before add to this one's
     through a matrix of their own: the gating residual (equation 6).
+
+    bias: adds to the probabilities for the choice alone, where balance is kept by it (balance.py).
+    choices: experts that a token meets, on average.
+    chosen_E: rows that chose each expert in the last forward pass, before any is dropped.
     """
 
     def __init__(self, moe: MoeConfig, *, kinds: Kinds, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kinds.all, hidden_size))
         self.residual = nn.Parameter(torch.empty(kinds.all, kinds.all)) if kinds.free else None
+        self.bias: Tensor | None
+        self.register_buffer("bias", torch.zeros(kinds.all) if moe.balance == "bias" else None)
+        self.chosen_E: Tensor | None = None
+        self.choices: float = moe.top_k
         self.kinds, self.top_k, self.tau = kinds, moe.top_k, moe.tau
         self.capacity_factor, self.prioritised = moe.capacity_factor, moe.prioritised
 
@@ -74,17 +82,22 @@ class Router(nn.Module):
         """`before_TE`: the scores of the layer before; None in the first one."""
         logits_TE = self.scores(x_TD, before_TE)
         probability_TE = logits_TE.softmax(-1)
-        chosen_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
-        weight_TK = chosen_TK
-        chosen_E = F.one_hot(expert_TK, self.kinds.all).to(logits_TE.dtype)
+        expert_TK = (
+            (probability_TE if self.bias is None else probability_TE + self.bias).topk(self.top_k, dim=-1).indices
+        )
+        probability_TK = probability_TE.gather(-1, expert_TK)
+        weight_TK = probability_TK
+        chosen_TKE = F.one_hot(expert_TK, self.kinds.all).to(logits_TE.dtype)
         if self.kinds.free:
-            balance = balance_loss(chosen_E.sum(1).mean(0), probability_TE.mean(0), self.kinds, self.tau)
+            balance = balance_loss(chosen_TKE.sum(1).mean(0), probability_TE.mean(0), self.kinds, self.tau)
         else:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
             # Switch Transformer (arXiv 2101.03961, equations 4-6), over all k choices.
-            balance = self.kinds.ffn * (chosen_E.mean((0, 1)) * probability_TE.mean(0)).sum()
-        expert_N, order_N = self._sorted(expert_TK.flatten(), chosen_TK.flatten())
+            balance = self.kinds.ffn * (chosen_TKE.mean((0, 1)) * probability_TE.mean(0)).sum()
+        expert_N, order_N = self._sorted(expert_TK.flatten(), probability_TK.flatten())
         count_E = torch.bincount(expert_N, minlength=self.kinds.all)
+        # A forward pass that is computed again says the same again.
+        self.chosen_E = count_E
         rows = Rows(order_N // self.top_k, expert_N, weight_TK.to(x_TD.dtype).flatten()[order_N], count_E)
         kept = self._limited(rows, tokens=len(x_TD))
         dropped = 1.0 - kept.count_E.sum() / count_E.sum()
@@ -98,7 +111,7 @@ class Router(nn.Module):
             logits_TE = logits_TE + F.linear(before_TE, self.residual.to(precise))
         return logits_TE
 
-    def _sorted(self, expert_N: Tensor, chosen_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _sorted(self, expert_N: Tensor, probability_N: Tensor) -> tuple[Tensor, Tensor]:
         """The rows' experts in order, and where each row stood.
 
         Rows of an expert stay in the order of their tokens, so that capacity drops the last, or go by the probability with
@@ -108,7 +121,7 @@ class Router(nn.Module):
         """
         if not self.prioritised:
             return expert_N.sort(stable=True)
-        first_N = chosen_N.argsort(descending=True, stable=True)
+        first_N = probability_N.argsort(descending=True, stable=True)
         expert_N, order_N = expert_N[first_N].sort(stable=True)
         return expert_N, first_N[order_N]
 

@@ -26,6 +26,7 @@ from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
 from trainrt.parallel.mesh import Groups, coordinates
+from trainrt.parallel.moe.balance import BiasBalance
 from trainrt.parallel.moe.counts import RoutingCounter
 from trainrt.parallel.moe.experts import local
 from trainrt.parallel.moe.tuner import Tuner
@@ -98,6 +99,7 @@ class NativeEngine:
         self._turn = Turn() if deterministic else None
         self._norm: SquaredNorm = ExactNorm() if deterministic else PlainNorm()
         self.model, self.tuners = parallelize(model, plan, groups, config=config, turn=self._turn)
+        self._balance = BiasBalance(self.model, rate=config.moe.bias_rate)
         self.routing = RoutingCounter(self.model, plan.mesh, rank, groups.device)
         self.where = coordinates(plan.mesh, rank)
         self.data_rank = self.where["dp"] * plan.mesh.fsdp + self.where["fsdp"]
@@ -157,6 +159,8 @@ class NativeEngine:
         if finite:
             before_update()
             self._update(gradients, rate, total=total, norm=norm)
+            self._balance.move(dist.distributed_c10d._get_default_group())
+        self._balance.forget()
         self.model.zero_grad()
         learn(self.tuners, self.groups.device)
         auxiliary = {
@@ -175,6 +179,8 @@ class NativeEngine:
         torch.manual_seed(hash((self.config.run.seed, step, leaf if leaf is not None else -1)) & 0x7FFFFFFF)
         with ring.span("forward", kind="forward"), self.routing.counting(turn == 0 and leaf is not None):
             loss = evaluate_loss(self.loss, self.model, batch)
+        if leaf is not None and self.where["tp"] == 0:
+            self._balance.count()
         total = loss.total()
         with ring.span("backward", kind="backward"):
             (total if leaf is not None else total * 0.0).backward()

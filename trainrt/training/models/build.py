@@ -69,6 +69,8 @@ def model_document(config: JobConfig) -> dict[str, Any]:
             "constant_experts",
             "tau",
             "shared_experts",
+            "balance",
+            "routing",
         )
         moe = {key: getattr(config.moe, key) for key in kept}
         return {"model_type": "trainrt_moe_lm", "architectures": ["MoeLm"], **config.moe_lm.model_dump(), "moe": moe}
