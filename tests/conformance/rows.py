@@ -44,6 +44,7 @@ MIXTURE = {
     }
 }  # fmt: skip
 PLUS = {"experts": 4, "zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "capacity_factor": 1.1}
+BIASED = {"experts": 4, "balance": "bias", "capacity_factor": 1.1, "prioritised": True, "shared_experts": 1}
 LISTED = {"run": {"pipeline": "tests.models.listed:pipeline"}, **FP64}
 ROWS = [
     Row("fsdp 4", {"fsdp": 4}, {"tp": 2, "fsdp": 2}, sections=FP64, long=True),
@@ -71,6 +72,10 @@ ROWS = [
     Row("MoE++, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"tp": 2}, sections=FP64 | {"moe": PLUS}),
     Row("MoE++, tp 2 x ep 2, 2 chunks", {"tp": 2, "ep": 2}, {"fsdp": 3}, long=True,
         sections=FP64 | {"moe": {**PLUS, "degree": 2}}),
+    Row("balance by bias, prioritised, shared experts: tp 2 x ep 2", {"tp": 2, "fsdp": 2, "ep": 2}, {"fsdp": 3},
+        sections=FP64 | {"moe": BIASED}),
+    Row("expert choice, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"tp": 2}, long=True,
+        sections=FP64 | {"moe": {"experts": 4, "routing": "expert_choice"}}),
     Row("tp 4, fewer key heads", {"tp": 4}, {"fsdp": 2}, sections=FP64),
     Row("llama fsdp 4", {"fsdp": 4}, {"tp": 2}, kind="huggingface", sections=FP64, long=True),
     Row("llama tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"fsdp": 3}, kind="huggingface", sections=FP64, long=True),
