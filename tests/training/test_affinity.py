@@ -45,6 +45,9 @@ def test_experts_go_to_the_homes_that_choose_them(tmp_path: Path) -> None:
         "rows_across_ranks": [365.0, 215.0], "rows_of_busiest": [380.0, 375.0],
     }  # fmt: skip
     assert "across hosts 0 -> 0, ranks 365 -> 215" in dict(plan.table())["experts"]
+    # As where ranks wait for the plan.
+    at_once = make_plan(with_counts(tmp_path, mesh={"fsdp": 2, "ep": 2}), world_size=2, placement_seconds=0.0)
+    assert at_once.orders == plan.orders and not at_once.placement["optimal"]
 
 
 def test_without_the_key_or_counts_experts_stay(tmp_path: Path) -> None:

@@ -54,12 +54,12 @@ class Planner:
         return self._result
 
     def plan(self, size: MeshSize | int) -> Plan:
-        """A plan for fewer ranks. Raises PlanError where there is none."""
+        """A plan for other ranks, which wait for it: no time for integer programs. Raises PlanError where there is none."""
         from trainrt.training.planning import make_plan
 
         if isinstance(size, int):
-            return make_plan(self._config, world_size=size)
-        return make_plan(self._config, world_size=size.world_size, mesh=size)
+            return make_plan(self._config, world_size=size, placement_seconds=0.0)
+        return make_plan(self._config, world_size=size.world_size, mesh=size, placement_seconds=0.0)
 
 
 class Incarnation:

@@ -6,6 +6,7 @@ Without it a wrong plan would be wrong numbers, not an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -48,17 +49,23 @@ def compare_split(blueprint: Blueprint, sharding: Sharding, mesh: DeviceMesh) ->
 
 
 def compare_experts(
-    blueprint: Blueprint, forms: Mapping[str, Form], mesh: DeviceMesh, strategy: Strategy = PLAIN
-) -> Verdict:
-    """Expert parallelism: all ranks run the same batch, so experts get what they would in one process, from each of them."""
+    blueprint: Blueprint, forms: Mapping[str, Form], mesh: DeviceMesh, strategy: Strategy = PLAIN, *, placed: bool = False
+) -> Verdict:  # fmt: skip
+    """Expert parallelism: all ranks run the same batch, so experts get what they would in one process, from each of them.
+
+    placed: with whole experts in another order than their own.
+    """
 
     def divide(model: nn.Module) -> Divided:
         modules = experts_of(model, forms)
         layouts = {name: layout_of(model.get_submodule(name), form, mesh.size()) for name, form in modules.items()}
+        whole = [name for name, form in modules.items() if placed and form is None and layouts[name].slices == 1]
+        orders = {name: tuple(reversed(range(layouts[name].experts))) for name in whole}
+        layouts |= {name: replace(layouts[name], order=order) for name, order in orders.items()}
         widths = sorted({layout.slices for layout in layouts.values()})
         world = MeshSize(fsdp=mesh.size(), ep=mesh.size())
         groups = make_expert_groups(world, mesh, widths=widths, places=1)
-        spread_experts(model, modules, mesh, groups, chooser=lambda *_: Fixed(strategy))
+        spread_experts(model, modules, mesh, groups, chooser=lambda *_: Fixed(strategy), orders=orders)
         place = mesh.get_local_rank()
         parts: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, form in modules.items():

@@ -15,8 +15,8 @@ from trainrt.parallel.plan import Plan
 from trainrt.run_dir import RunDir, read_json
 
 
-def by_affinity(config: JobConfig, plan: Plan) -> tuple[Orders, dict[str, Any]]:
-    """The orders for the plan's mesh, with what they are expected to save; or none, and why."""
+def by_affinity(config: JobConfig, plan: Plan, *, seconds: float) -> tuple[Orders, dict[str, Any]]:
+    """The orders for the plan's mesh, found within so many seconds, with what they are expected to save; or none, and why."""
     if config.moe.placement == "none" or plan.mesh.ep == 1:
         return NO_ORDERS, {}
     document = read_json(RunDir(config.run.directory.format(name=config.run.name)).experts)
@@ -36,7 +36,7 @@ def by_affinity(config: JobConfig, plan: Plan) -> tuple[Orders, dict[str, Any]]:
         traffic_LPE = np.repeat(traffic_LPE.sum(1, keepdims=True) / layout.ranks, layout.ranks, 1)
     hosts = hosts_of_places(plan.mesh, config.cluster.workers_per_node)
     in_order = tuple(range(layout.experts))
-    found = place_by_traffic(list(traffic_LPE), layout, hosts)
+    found = place_by_traffic(list(traffic_LPE), layout, hosts, seconds=seconds)
     before = cost_of_traffic(list(traffic_LPE), [in_order] * len(own), layout, hosts)
     after = cost_of_traffic(list(traffic_LPE), found.orders, layout, hosts)
     figures = dict(zip(("rows_across_hosts", "rows_across_ranks", "rows_of_busiest"),

@@ -39,6 +39,8 @@ from trainrt.training.models.build import build_meta, compute_dtype, hidden_size
 from trainrt.training.pipeline import Pipeline, load_pipeline
 from trainrt.training.verification import verified
 
+PLACEMENT_SECONDS = 20.0
+"""How long the programs that place experts may take, once a launch."""
 SNAPSHOT_SECONDS = 2e-3
 COPY_BYTES_PER_SECOND = 1e10
 RECOVERY_SECONDS = 5.0
@@ -122,11 +124,12 @@ def place(
 
 def make_plan(
     config: JobConfig, *, world_size: int, model: nn.Module | None = None, device: str | None = None,
-    mesh: MeshSize | None = None,
+    mesh: MeshSize | None = None, placement_seconds: float = PLACEMENT_SECONDS,
 ) -> Plan:  # fmt: skip
     """The plan for `world_size` ranks: the explicit mesh, shrunk where it has to be, or the best found.
 
-    `mesh` overrides the config's. Raises PlanError where nothing fits.
+    `mesh` overrides the config's. `placement_seconds`: for the integer programs that place experts; 0: greedily, at once.
+    Raises PlanError where nothing fits.
     """
     subject = _Subject.of(config, model)
     profile = device_of(device) if device is not None else own_device(choose_device(config.cluster.device))
@@ -138,7 +141,7 @@ def make_plan(
         if size.world_size != world_size:
             size = shrink(size, world_size)
         plan = assess(subject.place(size), work, profile, subject.activation_bytes)
-    orders, placement = by_affinity(config, plan)
+    orders, placement = by_affinity(config, plan, seconds=placement_seconds)
     if orders:
         # What a plan costs does not depend on which experts a rank holds, only on how many.
         plan = replace(plan, parameters=subject.place(plan.mesh, orders).parameters, orders=orders)

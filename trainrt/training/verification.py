@@ -42,23 +42,24 @@ def verified(config: JobConfig, plan: Plan) -> Plan:
         if size == 1:
             continue
         ranks = size if size <= RANKS else 2
-        key = key_of(f"verified {axis} {ranks}", blueprint)
+        placed = axis == "ep" and bool(plan.orders)
+        key = key_of(f"verified {axis} {ranks}{' placed' if placed else ''}", blueprint)
         known = cache.read(key)
         if known is None:
-            known = _run(config, axis, ranks)
+            known = _run(config, axis, ranks, placed=placed)
         Verdict(**known).require(f"parallel.{axis} = {size}")
         cache.write(key, known)
         verdicts[axis] = known
     return replace(plan, verification=verdicts)
 
 
-def _run(config: JobConfig, axis: str, ranks: int) -> dict[str, Any]:
+def _run(config: JobConfig, axis: str, ranks: int, *, placed: bool) -> dict[str, Any]:
     """Start the ranks and return what the first one says. Raises PlanError where they do not end well."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.json").write_text(config.model_dump_json())
         try:
-            run_ranks(__name__, folder, ranks, axis, str(ranks), seconds=SECONDS)
+            run_ranks(__name__, folder, ranks, axis, str(ranks), str(placed), seconds=SECONDS)
         except TimeoutError as error:
             raise PlanError(f"parallel.{axis}: the plan could not be verified: {error}") from error
         verdict = folder / "verdict.json"
@@ -68,7 +69,7 @@ def _run(config: JobConfig, axis: str, ranks: int) -> dict[str, Any]:
         return found
 
 
-def main(folder: str, axis: str, ranks: int, rank: int) -> None:
+def main(folder: str, axis: str, ranks: int, placed: bool, rank: int) -> None:
     """One rank of a verification."""
     import torch
     import torch.distributed as dist
@@ -86,7 +87,7 @@ def main(folder: str, axis: str, ranks: int, rank: int) -> None:
     if axis == "tp":
         verdict = compare_split(blueprint, sharding_of(blueprint, ranks), mesh)
     else:
-        verdict = compare_experts(blueprint, experts_in(blueprint), mesh)
+        verdict = compare_experts(blueprint, experts_in(blueprint), mesh, placed=placed)
     if rank == 0:
         partial = Path(folder) / "verdict.partial"
         partial.write_text(json.dumps(asdict(verdict)))
@@ -96,4 +97,4 @@ def main(folder: str, axis: str, ranks: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True", int(sys.argv[5]))

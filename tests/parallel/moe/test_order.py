@@ -112,3 +112,24 @@ def test_a_plan_read_back_has_the_same_layout() -> None:
     assert own.layout(range(2), roles).to_json() != made.layout(range(2), roles).to_json(), "negative control"
     runs = {entry["name"]: entry.get("ep_runs") for entry in document["parameters"]}
     assert runs["layers.0.mlp.experts.up_proj"] == [[[3, 1], [0, 1]], [[2, 1], [1, 1]]]
+
+
+def verdict(rank: int, spoil: bool) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from trainrt.parallel.moe.experts import Experts
+    from trainrt.parallel.verify import compare_experts
+    from trainrt.training.blueprint import scaled
+    from trainrt.training.pipeline import load_pipeline
+
+    if spoil:
+        Experts._spread = Experts._by_position  # type: ignore[method-assign]
+    config = job(mesh={"fsdp": 2, "ep": 2})
+    return compare_experts(scaled(config, load_pipeline(config)), {}, init_device_mesh("cpu", (2,)), placed=True)
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_a_plan_with_orders_is_verified_with_one(spoil: bool) -> None:
+    """Negative control: rows that are sent by expert where ranks hold experts by position."""
+    found = run_ranks(2, verdict, spoil)[0]
+    assert found.right != spoil and (found.gradient_error < 1e-12) != spoil

@@ -21,7 +21,7 @@ from trainrt.parallel.moe.programs import GAP
 
 SHAPES = [(8, 4, (0, 0, 1, 1)), (6, 4, (0, 1, 0, 1)), (7, 3, (0, 0, 1)), (5, 5, (0, 0, 1, 1, 1)), (8, 2, (0, 0))]
 """Experts, ranks, hosts: even and uneven numbers, hosts of unequal size, hosts that are not neighbours, one host."""
-LAYERS = 3
+LAYERS, SECONDS = 3, 20.0
 
 
 def own_order(layout: ExpertLayout) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def planted_transitions(layout: ExpertLayout, hosts: tuple[int, ...], seed: int)
 def test_planted_traffic_is_found(experts: int, ranks: int, hosts: tuple[int, ...], seed: int) -> None:
     layout = ExpertLayout(experts, ranks)
     tables, hidden = planted_traffic(layout, hosts, seed)
-    found = place_by_traffic(tables, layout, hosts)
+    found = place_by_traffic(tables, layout, hosts, seconds=SECONDS)
     assert found.exact
     for order, wanted in zip(found.orders, hidden, strict=True):
         assert (rank_of(order, layout) == rank_of(wanted, layout)).all()
@@ -82,7 +82,7 @@ def test_planted_transitions_are_found(experts: int, ranks: int, hosts: tuple[in
     """Ranks alike may be exchanged for each other, so what comes back is the cost, and it is that of the hidden order."""
     layout = ExpertLayout(experts, ranks)
     tables, hidden = planted_transitions(layout, hosts, seed)
-    found = place_by_transitions(tables, layout, hosts)
+    found = place_by_transitions(tables, layout, hosts, seconds=SECONDS)
     reached = cost_of_transitions(tables, found.orders, layout, hosts)
     assert reached == cost_of_transitions(tables, hidden, layout, hosts)
     assert reached < cost_of_transitions(tables, [own_order(layout)] * LAYERS, layout, hosts), "negative control"
@@ -101,11 +101,13 @@ def test_no_placement_of_all_is_better(seed: int) -> None:
     layout, hosts = ExpertLayout(5, 2), (0, 0)
     every = [(*some, *(e for e in range(5) if e not in some)) for some in combinations(range(5), layout.here(0))]
     traffic = [random.integers(0, 100, (2, 5)).astype(float)]
-    found = place_by_traffic(traffic, layout, hosts)
+    found = place_by_traffic(traffic, layout, hosts, seconds=SECONDS)
     least = min(value(traffic, [order], layout, hosts) for order in every)
     assert value(traffic, found.orders, layout, hosts) <= least * (1 + GAP)
     transitions = [random.integers(0, 100, (5, 5)).astype(float) for _ in range(2)]
-    reached = cost_of_transitions(transitions, place_by_transitions(transitions, layout, hosts).orders, layout, hosts)
+    reached = cost_of_transitions(
+        transitions, place_by_transitions(transitions, layout, hosts, seconds=SECONDS).orders, layout, hosts
+    )
     least = min(cost_of_transitions(transitions, orders, layout, hosts)[1] for orders in product(every, repeat=3))
     assert reached[1] <= least + GAP * sum(map(np.sum, transitions))
 
@@ -143,10 +145,10 @@ def test_hot_experts_are_dealt_to_different_ranks() -> None:
     layout, hosts = ExpertLayout(8, 4), (0, 0, 1, 1)
     load_E = np.array([90, 80, 70, 60, 10, 20, 30, 40], float)
     traffic = [np.tile(load_E, (4, 1))]
-    found = place_by_traffic(traffic, layout, hosts)
+    found = place_by_traffic(traffic, layout, hosts, seconds=SECONDS)
     assert cost_of_traffic(traffic, [own_order(layout)], layout, hosts).busiest == 4 * 170
     assert cost_of_traffic(traffic, found.orders, layout, hosts).busiest == 4 * 100
-    careless = place_by_traffic(traffic, layout, hosts, balance=0.0)
+    careless = place_by_traffic(traffic, layout, hosts, balance=0.0, seconds=SECONDS)
     assert careless.orders == (own_order(layout),), "negative control: without a price for it nothing moves"
 
 
@@ -154,9 +156,9 @@ def test_without_a_gain_nothing_moves() -> None:
     for experts, ranks, hosts in SHAPES:
         layout = ExpertLayout(experts, ranks)
         for found in (
-            place_by_traffic([np.zeros((ranks, experts))] * 2, layout, hosts),
-            place_by_transitions([np.zeros((experts, experts))], layout, hosts),
-            place_by_transitions([np.ones((experts, experts))], ExpertLayout(experts, 1), (0,)),
+            place_by_traffic([np.zeros((ranks, experts))] * 2, layout, hosts, seconds=SECONDS),
+            place_by_transitions([np.zeros((experts, experts))], layout, hosts, seconds=SECONDS),
+            place_by_transitions([np.ones((experts, experts))], ExpertLayout(experts, 1), (0,), seconds=SECONDS),
         ):
             assert found.exact and found.orders == (own_order(layout),) * 2
 
@@ -165,10 +167,10 @@ def test_counts_that_do_not_fit_are_refused() -> None:
     layout, hosts = ExpertLayout(4, 2), (0, 1)
     for wrong in (np.zeros((2, 3)), np.full((2, 4), -1.0), np.full((2, 4), np.nan)):
         with pytest.raises(PlanError, match=r"traffic: a table of .*allowed: counts from 0, \(2, 4\)"):
-            place_by_traffic([wrong], layout, hosts)
+            place_by_traffic([wrong], layout, hosts, seconds=SECONDS)
     with pytest.raises(PlanError, match="two mixtures"):
-        place_by_transitions([], layout, hosts)
+        place_by_transitions([], layout, hosts, seconds=SECONDS)
     with pytest.raises(PlanError, match="slices"):
-        place_by_traffic([np.zeros((4, 2))], ExpertLayout(2, 4), (0, 0, 1, 1))
+        place_by_traffic([np.zeros((4, 2))], ExpertLayout(2, 4), (0, 0, 1, 1), seconds=SECONDS)
     with pytest.raises(PlanError, match="hosts of 3 ranks"):
-        place_by_traffic([np.zeros((2, 4))], layout, (0, 0, 1))
+        place_by_traffic([np.zeros((2, 4))], layout, (0, 0, 1), seconds=SECONDS)

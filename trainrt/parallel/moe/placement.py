@@ -2,14 +2,14 @@
 
 ExFlow (arXiv 2401.08383) places the experts of a trained model for inference: with its context-coherent parallelism a token
 stays where its last expert is, so what costs is a step from an expert of one layer to one of the next that lies elsewhere.
-Its integer program minimises those, from the affinity P(E_p of layer j+1 | E_i of layer j), with as many experts a rank in
-each layer; first over hosts, then over the ranks of a host. `place_by_transitions` is that.
+Its integer program minimises those, weighed by the affinity P(E_p of layer j + 1 | E_i of layer j), with as many experts a
+rank in each layer; over hosts, then over the ranks of each. `place_by_transitions` is that, with counts for probabilities:
+a pair that is seldom met should weigh little.
 
 In training a token has to be at home between two mixtures: its residual, its attention and its loss are there, and its
 gradient takes the same way back. A row travels home -> expert -> home in every mixture, whatever the last mixture was, so
 transitions cost nothing. `place_by_traffic` minimises what does: rows whose expert is not at their home, over hosts first,
-and the rows of the busiest rank, for which all others wait. The paper needs no such term, as inference with few tokens is
-bound by the exchange. Its transitions become rows of home ranks, so layers are independent and the program is linear.
+and the rows of the busiest rank, for which all others wait. Layers are then independent, and the program is linear.
 
 Legend: L mixtures, R ranks of ep, E experts.
 """
@@ -24,9 +24,6 @@ import numpy as np
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.programs import Budget, Floats, Ints, assign, chain, kept
-
-SECONDS = 20.0
-"""How long the programs of a placement may take, once a launch."""
 
 Order = tuple[int, ...]
 """Position -> expert; rank r holds those of `ExpertLayout.held(r)`, its experts by number."""
@@ -50,13 +47,14 @@ class Placement:
 
 
 def place_by_traffic(
-    traffic: Sequence[Floats], layout: ExpertLayout, hosts: Sequence[int], *, balance: float = 1.0, seconds: float = SECONDS
+    traffic: Sequence[Floats], layout: ExpertLayout, hosts: Sequence[int], *, seconds: float, balance: float = 1.0
 ) -> Placement:  # fmt: skip
     """The placement for training. `traffic[l][h, e]`: rows from home rank h to expert e; `hosts[r]`: the host of a rank.
 
     The value of a layer is in rows a rank: those that travel, divided by R, and `balance` times those of the busiest rank
     (how much longer a row takes to compute than to send). Never worse than the experts in their own order, over hosts and,
-    where those are the same, over ranks. Raises PlanError where counts do not fit the layout.
+    where those are the same, over ranks. `seconds`: for all programs; 0: greedily. Raises PlanError where counts do not fit
+    the layout.
     """
     tables = [_checked(table, (layout.ranks, layout.experts), "traffic") for table in traffic]
     budget = Budget(seconds, len(tables) * (1 + len(set(hosts))))
@@ -76,7 +74,7 @@ def place_by_traffic(
 
 
 def place_by_transitions(
-    transitions: Sequence[Floats], layout: ExpertLayout, hosts: Sequence[int], *, seconds: float = SECONDS
+    transitions: Sequence[Floats], layout: ExpertLayout, hosts: Sequence[int], *, seconds: float
 ) -> Placement:
     """ExFlow's placement, for tokens that stay where their last expert is. `transitions[l][i, j]`: tokens (or choices of
     tokens) that go from expert i of layer l to expert j of layer l + 1.

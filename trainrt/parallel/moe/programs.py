@@ -122,6 +122,8 @@ def chain(
 ) -> list[Ints]:  # fmt: skip
     """For each layer the bin of each expert: as many tokens as can be stay in their bin from layer to layer.
 
+    max sum over l, i, j of count_l[i, j] * sum over p of x_l[i, p] x_(l + 1)[j, p], the products being variables of their own.
+
     `count_LEE[l][i, j]`: tokens from expert i of layer l to expert j of the next one. before: as for `assign`.
     """
 
