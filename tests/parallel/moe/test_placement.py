@@ -163,6 +163,13 @@ def test_without_a_gain_nothing_moves() -> None:
             assert found.exact and found.orders == (own_order(layout),) * 2
 
 
+def test_a_layer_without_a_gain_stays_beside_one_that_moves() -> None:
+    layout, hosts = ExpertLayout(4, 4), (0, 0, 1, 1)
+    crossed = np.eye(4)[[2, 3, 0, 1]] * 50
+    found = place_by_traffic([crossed, np.ones((4, 4))], layout, hosts, seconds=SECONDS)
+    assert found.orders == ((2, 3, 0, 1), own_order(layout))
+
+
 def test_counts_that_do_not_fit_are_refused() -> None:
     layout, hosts = ExpertLayout(4, 2), (0, 1)
     for wrong in (np.zeros((2, 3)), np.full((2, 4), -1.0), np.full((2, 4), np.nan)):

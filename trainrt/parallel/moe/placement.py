@@ -59,14 +59,13 @@ def place_by_traffic(
     tables = [_checked(table, (layout.ranks, layout.experts), "traffic") for table in traffic]
     budget = Budget(seconds, len(tables) * (1 + len(set(hosts))))
 
-    def solve(held: list[Ints], bins: list[Ints], before: list[Ints] | None) -> list[Ints]:
+    def solve(held: list[Ints], bins: list[Ints], before: list[Ints | None]) -> list[Ints]:
         inside, found = np.concatenate(bins), []
         room, ranks = _room(layout, bins), np.array([len(own) for own in bins])
-        for layer, (table, mine) in enumerate(zip(tables, held, strict=True)):
+        for table, mine, start in zip(tables, held, before, strict=True):
             # What comes from elsewhere travels wherever in these bins an expert is.
             from_inside = table[np.ix_(inside, mine)].sum(0)
             cost_EP = np.stack([from_inside - table[np.ix_(own, mine)].sum(0) for own in bins], 1) / layout.ranks
-            start = None if before is None else before[layer]
             found.append(assign(cost_EP, table[:, mine].sum(0), room, ranks, balance, budget, before=start))
         return found
 
@@ -86,15 +85,17 @@ def place_by_transitions(
     tables = [_checked(table, (layout.experts, layout.experts), "transitions") for table in transitions]
     budget = Budget(seconds, 1 + len(set(hosts)))
 
-    def solve(held: list[Ints], bins: list[Ints], before: list[Ints] | None) -> list[Ints]:
+    def solve(held: list[Ints], bins: list[Ints], before: list[Ints | None]) -> list[Ints]:
         counts = [table[np.ix_(*pair)] for table, *pair in zip(tables, held[:-1], held[1:], strict=True)]
-        return chain(counts, _room(layout, bins), budget, before=before)
+        known = [start for start in before if start is not None]
+        return chain(counts, _room(layout, bins), budget, before=known if len(known) == len(before) else None)
 
     return Placement(_staged(len(tables) + 1, layout, hosts, solve), budget.exact)
 
 
-Solve = Callable[[list[Ints], list[Ints], list[Ints] | None], list[Ints]]
-"""Of each layer the experts in question, the ranks of each bin, and the bins as they are: to the bin of each of the experts."""
+Solve = Callable[[list[Ints], list[Ints], list[Ints | None]], list[Ints]]
+"""Of each layer the experts in question, the ranks of each bin, and of each layer the bins as they are, if those say anything:
+to the bin of each of the experts."""
 
 
 def _staged(layers: int, layout: ExpertLayout, hosts: Sequence[int], solve: Solve) -> tuple[Order, ...]:
@@ -111,11 +112,13 @@ def _staged(layers: int, layout: ExpertLayout, hosts: Sequence[int], solve: Solv
     before = host_of_rank[own]
     host_LE = solve([np.arange(layout.experts)] * layers, everywhere, [before] * layers)
     rank_LE = [own.copy() for _ in range(layers)]
-    same = all((found == before).all() for found in host_LE)
     for number, ranks in enumerate(everywhere):
         held = [np.flatnonzero(found == number) for found in host_LE]
         # The ranks that experts are on now say something only where their hosts are the same.
-        start = [np.searchsorted(ranks, own[mine]) for mine in held] if same else None
+        start: list[Ints | None] = [
+            np.searchsorted(ranks, own[mine]) if (found == before).all() else None
+            for mine, found in zip(held, host_LE, strict=True)
+        ]
         for rank_E, mine, bins in zip(
             rank_LE, held, solve(held, [ranks[i : i + 1] for i in range(len(ranks))], start), strict=True
         ):
