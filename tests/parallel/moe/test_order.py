@@ -117,13 +117,13 @@ def test_a_plan_read_back_has_the_same_layout() -> None:
 def verdict(rank: int, spoil: bool) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
-    from trainrt.parallel.moe.experts import Experts
+    from trainrt.parallel.moe.spread import Spread
     from trainrt.parallel.verify import compare_experts
     from trainrt.training.blueprint import scaled
     from trainrt.training.pipeline import load_pipeline
 
     if spoil:
-        Experts._spread = Experts._by_position  # type: ignore[method-assign]
+        Spread._by_position = Spread._timed  # type: ignore[method-assign]
     config = job(mesh={"fsdp": 2, "ep": 2})
     return compare_experts(scaled(config, load_pipeline(config)), {}, init_device_mesh("cpu", (2,)), placed=True)
 

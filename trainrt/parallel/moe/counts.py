@@ -85,12 +85,12 @@ class RoutingCounter:
         # Tensor-parallel ranks route the same tokens.
         if not self._on or self._where["tp"] or self._kinds is None:
             return
-        (ffn, every), expert_TK = self._kinds, routing.expert_TK
+        ffn, every = self._kinds
+        meets_TA = torch.zeros((len(args[0]), every), device=args[0].device)
+        meets_TA[routing.rows.token_N, routing.rows.expert_N] = 1.0
         if self._before is not None:
-            pair_TKK = self._before.unsqueeze(2) * every + expert_TK.unsqueeze(1)
-            found_AA = torch.bincount(pair_TKK.flatten(), minlength=every * every).view(every, every)
-            self._transitions_LEE[index - 1] += found_AA[:ffn, :ffn]
-        self._before = expert_TK
+            self._transitions_LEE[index - 1] += (self._before.T @ meets_TA)[:ffn, :ffn].to(torch.int64)
+        self._before = meets_TA
 
     def _sent(self, index: int, experts: nn.Module, args: Any) -> None:
         if self._on:

@@ -8,17 +8,16 @@ Legend: N rows, D width, F inner width, E experts of the layer, L experts here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainrt.errors import PlanError
-from trainrt.parallel.moe.flex import Piece
+from trainrt.parallel.moe.feed_forward import gated, projected
+from trainrt.parallel.moe.flex import Beside, Piece
 from trainrt.parallel.moe.form import Form
 from trainrt.parallel.moe.layout import ExpertLayout
-from trainrt.parallel.moe.spread import Spread, through
+from trainrt.parallel.moe.spread import Held, Spread, through
 
 
 class Experts(nn.Module):
@@ -35,30 +34,21 @@ class Experts(nn.Module):
         self.number = experts
         self.spread: Spread | None = None
 
-    def forward(self, x_ND: Tensor, count_E: Tensor) -> Tensor:
+    @property
+    def fills_gaps(self) -> bool:
+        """Whether something may be computed beside. With tensor parallelism the model's own code does that."""
+        return self.spread is not None and self.spread.tp is None
+
+    def forward(self, x_ND: Tensor, count_E: Tensor, *besides: Beside) -> Tensor:
+        """`besides` is computed while rows travel, where `fills_gaps`."""
         weights = [local(getattr(self, name)) for name in self.INNER]
         if self.spread is None:
             return through(SWIGLU, x_ND, count_E.tolist(), weights)
-        return self.spread.mix(x_ND, count_E, SWIGLU, weights, tuple(self.INNER.values()))
+        return self.spread.mix(x_ND, count_E, Held(SWIGLU, weights, tuple(self.INNER.values()), besides))
 
 
-def _gated(x_ND: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
-    gate_LFD, up_LFD = weights
-    return torch.cat([
-        F.silu(F.linear(rows_ND, gate_FD)) * F.linear(rows_ND, up_FD)
-        for rows_ND, gate_FD, up_FD in zip(x_ND.split(counts), gate_LFD.unbind(0), up_LFD.unbind(0), strict=True)
-    ])  # fmt: skip
-
-
-def _projected(inner_NF: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
-    (down_LDF,) = weights
-    return torch.cat([
-        F.linear(rows_NF, down_DF) for rows_NF, down_DF in zip(inner_NF.split(counts), down_LDF.unbind(0), strict=True)
-    ])  # fmt: skip
-
-
-SWIGLU = (Piece(_gated, (0, 1)), Piece(_projected, (2,)))
-"""SwiGLU (arXiv 2002.05202) of rows sorted by expert, with stacked weights (gate, up, down) of as many experts."""
+SWIGLU = (Piece(gated, (0, 1)), Piece(projected, (2,)))
+"""SwiGLU of rows sorted by expert, with stacked weights (gate, up, down) of as many experts."""
 
 
 def layout_of(

@@ -2,8 +2,8 @@
 
 Backward takes the chunks in reverse order, in a number of its own. Where both numbers are the same, what autograd kept of each
 chunk serves; else, and where layers are computed again anyhow, experts are computed again for the chunks of backward (Tutel,
-MLSys'23, section 3.3; one schedule for gloo and NCCL). Gradients of weights fill the gaps: nobody waits for them (zero bubble,
-arXiv 2401.10241, section 2, which splits a backward pass the same way).
+MLSys'23, section 3.3; one schedule for gloo and NCCL). The gaps are filled with what nobody waits for: gradients of weights (zero
+bubble, arXiv 2401.10241, section 2, splits a backward pass the same way), and what is computed beside, such as shared experts.
 
 Legend: N rows sent, M rows received, D width.
 """
@@ -81,58 +81,116 @@ class _Sums:
             self.found[i] = gradient if known is None else known + gradient
 
 
+class Beside:
+    """What is computed while rows are on their way: a differentiable function of some tensors, and its result.
+
+    No dataclass: FSDP2 would make a copy of it on its way into a module.
+    """
+
+    def __init__(self, compute: Callable[..., Tensor], *tensors: Tensor) -> None:
+        self.compute, self.tensors = compute, tensors
+        self.result: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How rows travel, through which pieces, and what is computed beside.
+
+    degrees: chunks forward and backward. recomputed: nothing is kept for backward in any case.
+    """
+
+    exchange: Exchange
+    pieces: Sequence[Piece]
+    degrees: tuple[int, int]
+    recomputed: bool
+    besides: Sequence[Beside]
+
+    def __call__(self, x_ND: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """The rows that come back. Fills in the results of what is beside."""
+        tensors = [tensor for beside in self.besides for tensor in beside.tensors]
+        y_ND, *results = Travel.apply(self, len(weights), x_ND, *weights, *tensors)
+        for beside, result in zip(self.besides, results, strict=True):
+            beside.result = result
+        return y_ND
+
+
 class Travel(torch.autograd.Function):
     """Rows to their experts and back. Gradients of weights are those of all rows that came here."""
 
     @staticmethod
-    def forward(
-        ctx: Any, exchange: Exchange, pieces: Sequence[Piece], degrees: tuple[int, int], recomputed: bool,
-        x_ND: Tensor, *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
-        forward_degree, ctx.degree = degrees
-        ctx.keeps = forward_degree == ctx.degree and not recomputed
-        chunks = exchange.chunks(forward_degree)
+    def forward(ctx: Any, way: Way, weights: int, x_ND: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        forward_degree, ctx.degree = way.degrees
+        ctx.keeps = forward_degree == ctx.degree and not way.recomputed
         keeps = ctx.keeps and any(ctx.needs_input_grad)
-        leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
+        chunks = way.exchange.chunks(forward_degree)
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        ctx.way, ctx.leaves, ctx.beside = way, leaves[:weights], _apart(way, leaves[weights:])
         kept: dict[int, _Kept] = {}
+        results: dict[int, Tensor] = {}
 
         def experts(k: int, arrived: Tensor) -> Tensor:
-            kept[k] = _Kept.of(pieces, arrived[chunks[k].order], chunks[k].counts, leaves, graph=keeps)
+            kept[k] = _Kept.of(way.pieces, arrived[chunks[k].order], chunks[k].counts, ctx.leaves, graph=keeps)
             return chunks[k].unsorted(kept[k].result)
 
-        y_ND = _travelled(x_ND, chunks, exchange, experts, range(len(chunks)))
-        ctx.exchange, ctx.pieces, ctx.leaves = exchange, pieces, leaves
+        def compute(number: int) -> None:
+            results[number] = _computed(way.besides[number], ctx.beside[number], graph=keeps)
+
+        fillers: deque[Callable[[], None]] = deque(partial(compute, number) for number in range(len(way.besides)))
+        y_ND = _travelled(x_ND, chunks, way.exchange, experts, range(len(chunks)), fillers)
         if keeps:
-            ctx.chunks, ctx.kept = chunks, kept
+            ctx.chunks, ctx.kept, ctx.results = chunks, kept, results
         elif any(ctx.needs_input_grad):
             ctx.save_for_backward(_joined(chunks, {k: kept[k].rows[0] for k in kept}, x_ND))
-        return y_ND
+        return y_ND, *(results[number].detach() for number in range(len(way.besides)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        exchange, pieces, sums = ctx.exchange, ctx.pieces, _Sums(ctx.leaves)
-        chunks = ctx.chunks if ctx.keeps else exchange.chunks(ctx.degree)
-        kept = ctx.kept if ctx.keeps else {}
+        way, sums = ctx.way, _Sums(ctx.leaves)
+        chunks = ctx.chunks if ctx.keeps else way.exchange.chunks(ctx.degree)
+        kept, results = (ctx.kept, ctx.results) if ctx.keeps else ({}, {})
         # Read once: checkpointing of activations allows no more.
         saved: tuple[Tensor, ...] = () if ctx.keeps else ctx.saved_tensors
-        fillers: deque[Callable[[], None]] = deque()
+        found: dict[int, list[Tensor | None]] = {}
 
         def experts(k: int, arrived: Tensor) -> Tensor:
             chunk = chunks[k]
             if k not in kept:
                 rows_MD = saved[0][chunk.arrived]
-                kept[k] = _Kept.of(pieces, rows_MD[chunk.order], chunk.counts, ctx.leaves, graph=True)
-            gradient, later = _of_rows(pieces, kept.pop(k), arrived[chunk.order], sums)
+                kept[k] = _Kept.of(way.pieces, rows_MD[chunk.order], chunk.counts, ctx.leaves, graph=True)
+            gradient, later = _of_rows(way.pieces, kept.pop(k), arrived[chunk.order], sums)
             fillers.extend(later)
             return chunk.unsorted(gradient)
 
-        grad_x_ND = _travelled(grads[0], chunks, exchange, experts, reversed(range(len(chunks))), fillers)
-        return None, None, None, None, grad_x_ND, *sums.found
+        def beside(number: int) -> None:
+            leaves = ctx.beside[number]
+            result = results.pop(number, None)
+            if result is None:
+                result = _computed(way.besides[number], leaves, graph=True)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            of_wanted = iter(torch.autograd.grad(result, wanted, grads[1 + number], materialize_grads=True))
+            found[number] = [next(of_wanted) if leaf.requires_grad else None for leaf in leaves]
+
+        fillers: deque[Callable[[], None]] = deque(partial(beside, number) for number in range(len(way.besides)))
+        order = reversed(range(len(chunks)))
+        grad_x_ND = _travelled(grads[0], chunks, way.exchange, experts, order, fillers)
+        of_besides = [gradient for number in range(len(way.besides)) for gradient in found[number]]
+        return None, None, grad_x_ND, *sums.found, *of_besides
+
+
+def _apart(way: Way, leaves: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors of each thing that is computed beside."""
+    lengths = [len(beside.tensors) for beside in way.besides]
+    return [leaves[sum(lengths[:number]) : sum(lengths[: number + 1])] for number in range(len(lengths))]
+
+
+def _computed(beside: Beside, leaves: list[Tensor], *, graph: bool) -> Tensor:
+    with torch.set_grad_enabled(graph), saved_tensors_hooks(_as_it_is, _as_it_is):
+        return beside.compute(*leaves)
 
 
 def _travelled(
     x_ND: Tensor, chunks: list[Chunk], exchange: Exchange, experts: Callable[[int, Tensor], Tensor],
-    order: Iterable[int], fillers: deque[Callable[[], None]] | None = None,
+    order: Iterable[int], fillers: deque[Callable[[], None]],
 ) -> Tensor:  # fmt: skip
     """Rows over the hops of the way there, through the experts, and back over the same hops."""
 
@@ -144,9 +202,8 @@ def _travelled(
 
     hops = range(exchange.hops)
     schedule = Schedule(
-        [partial(there, hop) for hop in hops], experts, [partial(back, hop) for hop in reversed(hops)],
-        deque() if fillers is None else fillers,
-    )  # fmt: skip
+        [partial(there, hop) for hop in hops], experts, [partial(back, hop) for hop in reversed(hops)], fillers
+    )
     y_ND = torch.empty_like(x_ND)
     for k, rows in schedule.run(order):
         y_ND[chunks[k].rows] = rows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainrt.parallel.moe.flex import Piece
 from trainrt.parallel.moe.form import ExpertsForm
-from trainrt.parallel.moe.spread import Spread
+from trainrt.parallel.moe.spread import Held, Spread
 from trainrt.parallel.shown import local_part, show
 
 
@@ -48,7 +48,7 @@ class ForeignExperts:
         count_E = torch.bincount(expert_M, minlength=form.experts)
         held = [getattr(owner, leaf) for owner, leaf in self.leaves]
         pieces = (Piece(self._computed, tuple(range(len(held)))),)
-        y_MD = self.spread.mix(rows_ND[row_M], count_E, pieces, held, [0] * len(held))
+        y_MD = self.spread.mix(rows_ND[row_M], count_E, Held(pieces, held, [0] * len(held)))
         y_MD = y_MD * weight_NK.reshape(-1)[choice_M].unsqueeze(1)
         return torch.zeros_like(rows_ND).index_add(0, row_M, y_MD.to(rows_ND.dtype)).view(x.shape)
 

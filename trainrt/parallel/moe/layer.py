@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from trainrt.config import MoeConfig
 from trainrt.parallel.moe.expert_choice import ExpertChoiceRouter
 from trainrt.parallel.moe.experts import Experts
-from trainrt.parallel.moe.feed_forward import FeedForward
+from trainrt.parallel.moe.feed_forward import FeedForward, swiglu
+from trainrt.parallel.moe.flex import Beside
 from trainrt.parallel.moe.router import Router, RouterNumbers, Rows
 from trainrt.parallel.moe.zero_computation import Kinds, ZeroComputation
 
@@ -45,19 +46,25 @@ class MoeLayer(nn.Module):
         """
         x_TD = x_BSD.flatten(0, -2)
         routing = self.router(x_TD, before)
-        y_BSD = self._mix(x_TD, routing.rows).view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
+        if self.shared is None:
+            y_BSD = self._mix(x_TD, routing.rows).view_as(x_BSD)
+        elif self.experts.fills_gaps:
+            shared = Beside(swiglu, x_BSD, *self.shared.weights)
+            y_BSD = self._mix(x_TD, routing.rows, shared).view_as(x_BSD)
+            assert shared.result is not None
+            y_BSD = y_BSD + shared.result
+        else:
+            y_BSD = self._mix(x_TD, routing.rows).view_as(x_BSD) + self.shared(x_BSD)
         return y_BSD, routing.numbers, routing.logits_TE
 
-    def _mix(self, x_TD: Tensor, rows: Rows) -> Tensor:
+    def _mix(self, x_TD: Tensor, rows: Rows, *besides: Beside) -> Tensor:
         token_N, expert_N, weight_N, count_E = rows
         if self.free is None:
-            y_ND = self.experts(x_TD[token_N], count_E) * weight_N.unsqueeze(-1)
+            y_ND = self.experts(x_TD[token_N], count_E, *besides) * weight_N.unsqueeze(-1)
             return torch.zeros_like(x_TD).index_add(0, token_N, y_ND)
         # Only rows of FFN experts, which come first, may travel.
         travels = expert_N < self.kinds.ffn
         token, stays = token_N[travels], token_N[~travels]
-        y_ND = self.experts(x_TD[token], count_E[: self.kinds.ffn]) * weight_N[travels].unsqueeze(-1)
+        y_ND = self.experts(x_TD[token], count_E[: self.kinds.ffn], *besides) * weight_N[travels].unsqueeze(-1)
         own_ND = self.free(x_TD[stays], expert_N[~travels] - self.kinds.ffn) * weight_N[~travels].unsqueeze(-1)
         return torch.zeros_like(x_TD).index_add(0, token, y_ND).index_add(0, stays, own_ND)
