@@ -22,7 +22,7 @@ from benchmarks.moe_layer import SKEWS, Layer, Load, Shape, experts_of, loads, s
 from benchmarks.pairs import print_table
 from tests.launch.hosts import Hosts
 from trainrt.parallel.moe.layout import ExpertLayout
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.moe.strategy import Fixed, Strategy
 
 NUMBER, COUNT = 4, 8
 """Bytes of a float32, and of a count of rows."""
@@ -43,10 +43,11 @@ def formula(shape: Shape, load: Load, strategy: Strategy, *, ranks: int, host: i
     """Bytes that a host sends to the other in forward and backward; neighbours are on one host.
 
     Rows: p sends n_pq copies of rows to q, and they and their gradients travel there and back:
-        2 D b (n_pq + n_qp) from p to q, and the counts of rows before.
+        2 D b (n_pq + n_qp) from p to q, whether straight or through the ranks of a host.
+    Counts of rows, and what ranks agree on, in a ring before: 8 (W - 1) (E + A) from each to the next.
     Weights: in a ring of w ranks, w = W for r = 0 and S / r else, each passes w - 1 parts on to the next, a part being what
-    a rank holds, 3 D F b times its experts or over S. In backward gloo sums gradients by an all-reduce, which passes 2 (w - 1):
-        3 (w - 1) part.
+    a rank holds, 3 D F b times its experts or over S. In backward each sends one part to every other:
+        (w - 1) part from each to the next, and a part from each to each.
     The number of chunks changes nothing.
     """
     layout = ExpertLayout(shape.experts, ranks)
@@ -55,13 +56,15 @@ def formula(shape: Shape, load: Load, strategy: Strategy, *, ranks: int, host: i
     width = ranks if strategy.r == 0 else layout.slices // strategy.r
     most = max(layout.here(rank) for rank in range(ranks))
     part = 3 * shape.width * shape.inner * NUMBER * most // layout.slices
-    passed = sum(3 * (width - 1) * part for p, q in there if q == p // width * width + (p + 1) % width)
+    passed = sum((width - 1) * part for p, q in there if q == p // width * width + (p + 1) % width)
+    passed += sum(part for p, q in there if q // width == p // width)
+    agreed = layout.experts + len(Fixed(strategy).agreed)
+    passed += sum((ranks - 1) * agreed * COUNT for p, q in there if q == (p + 1) % ranks)
     if strategy.r == 0:
         return passed
     row = 2 * shape.width * NUMBER
-    counts = sum(COUNT * (layout.here(q) if layout.slices == 1 else 1) for _, q in there)
     both = [(p, q) for pair in there for p, q in (pair, pair[::-1])]
-    return passed + counts + row * sum(copies(layout, load.counts[p], q, strategy.r) for p, q in both)
+    return passed + row * sum(copies(layout, load.counts[p], q, strategy.r) for p, q in both)
 
 
 def copies(layout: ExpertLayout, count_E: tuple[int, ...], rank: int, r: int) -> int:
@@ -93,10 +96,10 @@ def count(rank: int, shape: Shape, given: list[Load]) -> list[Sent]:
     found = []
     for load in given:
         x_ND, count_E = layer.rows(load)
-        for strategy in strategies(layer.layout, DEGREES):
+        for strategy in strategies(layer.layout, DEGREES, hosts=layer.hosts):
             before = _settled()
             for _ in range(STEPS):
-                layer.step(strategy, x_ND, count_E)
+                layer.step(Fixed(strategy), x_ND, count_E)
             after = _settled()
             found.append(Sent((after.payload - before.payload) / STEPS, (after.wire - before.wire) / STEPS))
     return found
@@ -113,7 +116,7 @@ def _settled() -> Sent:
 def compare(hosts: Hosts, shape: Shape, *, ranks: int, kinds: int) -> list[dict[str, Any]]:
     given = loads(shape, ranks=ranks, steps=kinds, capacities=(CAPACITY,), seed=0)
     found = run_ranks(hosts, count, shape, given, ranks=ranks)
-    cases = list(product(given, strategies(ExpertLayout(shape.experts, ranks), DEGREES)))
+    cases = list(product(given, strategies(ExpertLayout(shape.experts, ranks), DEGREES, hosts=ranks > 2)))
     rows = []
     for host, (position, (load, strategy)) in product((0, 1), enumerate(cases)):
         wanted, sent = formula(shape, load, strategy, ranks=ranks, host=host), found[host * ranks // 2][position]

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainrt.config import MeshSize
-from trainrt.parallel.mesh import neighbours
+from trainrt.parallel.mesh import make_expert_groups, spans_hosts
 from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.parallel import spread_experts
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.moe.strategy import Chooser, Strategy
 
 RANKS = 2
 """One on each host, where seconds count."""
+PLACES = 2
+"""Ranks on a host, where bytes count."""
 DEGREES = (1, 2, 4, 8)
 SKEWS = ("uniform", "zipf", "hot", "burst")
 Run = Callable[[Tensor], Tensor]
@@ -98,9 +101,11 @@ def experts_of(shape: Shape) -> Experts:
     return experts
 
 
-def strategies(layout: ExpertLayout, degrees: tuple[int, ...] = DEGREES) -> list[Strategy]:
-    """All that are possible. Without rows that travel there is nothing to cut into chunks."""
-    return [Strategy(0), *(Strategy(r, degree, degree) for r in layout.choices if r for degree in degrees)]
+def strategies(layout: ExpertLayout, degrees: tuple[int, ...] = DEGREES, *, hosts: bool = False) -> list[Strategy]:
+    """All that are possible without hot experts. Without rows that travel there is nothing to cut into chunks."""
+    ways = (False, True) if hosts else (False,)
+    rs = [r for r in layout.choices if r]
+    return [Strategy(0), *(Strategy(r, degree, degree, way) for r, degree, way in product(rs, degrees, ways))]
 
 
 class Layer:
@@ -110,14 +115,15 @@ class Layer:
         ranks, width = dist.get_world_size(), experts.gate_proj.shape[-1]
         self.experts, self.width, self.rank = experts, width, dist.get_rank()
         self.layout = ExpertLayout(experts.number, ranks)
-        size, device = MeshSize(fsdp=ranks, ep=ranks), torch.device("cpu")
-        self._groups = {r: neighbours(size, device, self.layout.slices // r) for r in self.layout.choices if r}
-        holder = nn.ModuleDict({"experts": experts})
-        spread_experts(holder, {"experts": None}, init_device_mesh("cpu", (ranks,)), None, slices=self._groups[1])
+        size, mesh = MeshSize(fsdp=ranks, ep=ranks), init_device_mesh("cpu", (ranks,))
+        self.hosts = spans_hosts(size, PLACES)
+        widths = sorted({self.layout.slices // r for r in self.layout.choices if r})
+        groups = make_expert_groups(size, mesh, widths=widths, places=PLACES)
+        spread_experts(nn.ModuleDict({"experts": experts}), {"experts": None}, mesh, groups)
 
-    def use(self, strategy: Strategy) -> None:
+    def use(self, chooser: Chooser) -> None:
         spread: Any = self.experts.spread
-        self.experts.spread = replace(spread, strategy=strategy, slices=self._groups.get(strategy.r))
+        self.experts.spread = replace(spread, chooser=chooser)
 
     def rows(self, load: Load) -> tuple[Tensor, Tensor]:
         """This rank's rows, sorted by expert, and how many each expert gets."""
@@ -125,9 +131,9 @@ class Layer:
         draw = torch.Generator().manual_seed(load.step)
         return torch.randn(int(count_E.sum()), self.width, generator=draw), count_E
 
-    def step(self, strategy: Strategy, x_ND: Tensor, count_E: Tensor) -> float:
+    def step(self, chooser: Chooser, x_ND: Tensor, count_E: Tensor) -> float:
         """Seconds of forward and backward."""
-        self.use(strategy)
+        self.use(chooser)
         self.experts.zero_grad(set_to_none=True)
         return timed(lambda x_ND: self.experts(x_ND, count_E), x_ND)[1]
 

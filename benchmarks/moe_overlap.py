@@ -9,17 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.moe_hosts import limit, run_ranks
 from benchmarks.moe_layer import DEGREES, RANKS, Layer, Load, Run, Shape, experts_of, loads, timed
 from benchmarks.pairs import Estimate, Times, estimate, print_table, ratios, slowest
 from tests.launch.hosts import Hosts
-from trainrt.parallel.moe.exchange import Exchange
-from trainrt.parallel.moe.experts import feed_forward, local
-from trainrt.parallel.moe.flex import Travel
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.moe.exchange import Exchange, gather_counts
+from trainrt.parallel.moe.experts import SWIGLU, local
+from trainrt.parallel.moe.feed_forward import feed_forward
+from trainrt.parallel.moe.flex import Piece, Way
 
 SHAPE = Shape(2)
 CAPACITIES, SHORT_CAPACITIES = (512, 2048), (256,)
@@ -44,11 +43,12 @@ class Sleep(torch.autograd.Function):
 def parts(layer: Layer, load: Load) -> tuple[dict[str, Run], Tensor]:
     """The parts alone and together, by name, for the rows of a load. Each chunk's counts are agreed on before."""
     x_ND, count_E = layer.rows(load)
-    group = dist.group.WORLD
-    assert group is not None
-    exchange = Exchange.plan(count_E, layer.layout, group)
+    spread = layer.experts.spread
+    assert spread is not None
+    count_WE = gather_counts(count_E, spread.groups.ep)
+    exchange = Exchange.plan(count_WE, layer.layout, spread.groups, device=x_ND.device)
     weights = [local(parameter).detach().requires_grad_() for parameter in layer.experts.parameters()]
-    rows = sum(exchange.receive)
+    rows = exchange.received
 
     def experts(x_ND: Tensor) -> Tensor:
         return feed_forward(x_ND, [len(x_ND)], weights)
@@ -65,10 +65,11 @@ def parts(layer: Layer, load: Load) -> tuple[dict[str, Run], Tensor]:
 
     runs: dict[str, Run] = {"experts": experts, "sleep": sleep}
     for degree in DEGREES:
-        way = Strategy(1, degree, degree)
-        runs[f"exchange {degree}"] = lambda x_ND, way=way: Travel.apply(exchange, nothing, way, x_ND)
-        runs[f"sleep {degree}"] = lambda x_ND, way=way: Travel.apply(exchange, sleep, way, x_ND)
-        runs[f"experts {degree}"] = lambda x_ND, way=way: Travel.apply(exchange, feed_forward, way, x_ND, *weights)
+        computes = {"exchange": (Piece(nothing, ()),), "sleep": (Piece(sleep, ()),), "experts": SWIGLU}
+        for name, pieces in computes.items():
+            way = Way(exchange, pieces, (degree, degree), False, ())
+            given = weights if pieces is SWIGLU else []
+            runs[f"{name} {degree}"] = lambda x_ND, way=way, given=given: way(x_ND, given)
     return runs, x_ND
 
 

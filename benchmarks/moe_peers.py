@@ -21,7 +21,7 @@ from benchmarks.pairs import Times, print_table, ratios, slowest
 from tests.launch.hosts import Hosts
 from trainrt.config import MoeConfig
 from trainrt.parallel.moe.layer import MoeLayer
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.moe.strategy import Fixed, Strategy
 
 EXPERTS, TOP_K, WIDTH, INNER = 4, 2, 256, 512
 TOKENS, SHORT_TOKENS = (256, 2048), (256,)
@@ -105,7 +105,7 @@ def contenders(factor: float) -> dict[str, Run]:
     layer = Layer(moe.experts)
 
     def ours(x_TD: Tensor, way: Strategy) -> Tensor:
-        layer.use(way)
+        layer.use(Fixed(way))
         moe.zero_grad(set_to_none=True)
         return moe(x_TD)[0]
 

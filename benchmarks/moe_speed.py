@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
+import timeit
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
 
 from benchmarks.moe_hosts import limit, run_ranks
 from benchmarks.moe_layer import RANKS, Layer, Load, Shape, experts_of, loads, strategies
-from benchmarks.pairs import Times, print_table, ratios, slowest
+from benchmarks.pairs import Times, print_table, ratios, shown, slowest
 from tests.launch.hosts import Hosts
+from trainrt.config import MoeConfig
+from trainrt.parallel.collectives import all_gather
+from trainrt.parallel.moe.cost import Rates, Sizes
+from trainrt.parallel.moe.experts import local
 from trainrt.parallel.moe.layout import ExpertLayout
-from trainrt.parallel.moe.strategy import Strategy
+from trainrt.parallel.moe.strategy import Chooser, Fixed, Lattice, Strategy
+from trainrt.parallel.moe.tuner import Tuner
+from trainrt.parallel.profile import device_of
 
+ADAPTIVE = "adaptive"
+NUMBER = 4
+"""Bytes of a float32."""
+PRACTICE = 4
+"""Steps before the race for each step of it."""
 PLAIN = "r 1, degree 1"
 CAPACITIES, SHORT_CAPACITIES = (32, 512, 4096), (32, 256)
-
-Arm = Callable[[Load], Strategy]
-"""How a step is to be computed. The same on all ranks."""
 
 
 def statics(layout: ExpertLayout) -> dict[str, Strategy]:
@@ -30,26 +44,52 @@ def name_of(strategy: Strategy) -> str:
     return f"r {strategy.r}, degree {strategy.degree}" if strategy.r else "r 0"
 
 
-def arms(layout: ExpertLayout) -> dict[str, Arm]:
-    """Those that choose the same whatever comes. An arm that learns stands beside them, and is told in `race`."""
-    return {name: lambda load, fixed=strategy: fixed for name, strategy in statics(layout).items()}
+def adaptive(layer: Layer) -> Tuner:
+    """The arm that learns, knowing nothing of these links. It may choose 16 chunks and hot experts, too."""
+    elements = 3 * local(layer.experts.gate_proj)[0].numel() * layer.layout.slices
+    sizes = Sizes(layer.layout, 1, NUMBER * layer.width, NUMBER * elements, 2.0 * elements)
+    group = dist.group.WORLD
+    assert group is not None
+    ways = list(Lattice(layer.layout, False, MoeConfig()))
+    return Tuner(ways, sizes, Rates.of(device_of("cpu")), group, recomputed=False)
 
 
-def race(rank: int, shape: Shape, given: list[Load], seed: int) -> Times:
-    """Each arm takes a step before any takes the next, in an order that changes."""
+def learn(tuner: Tuner) -> float:
+    """What an engine does once a step for all its layers. Returns its seconds."""
+    start = time.perf_counter()
+    tuner.learn(all_gather(tuner.observed(torch.device("cpu")), tuner.group))
+    return time.perf_counter() - start
+
+
+def race(
+    rank: int, shape: Shape, practice: list[Load], given: list[Load], seed: int
+) -> tuple[Times, dict[str, Any]]:  # fmt: skip
+    """Each arm takes a step before any takes the next, in an order that changes; before, the one that learns has practice."""
     layer = Layer(experts_of(shape))
-    field = arms(layer.layout)
+    tuner = adaptive(layer)
+    field: dict[str, Chooser] = {name: Fixed(strategy) for name, strategy in statics(layer.layout).items()}
+    field[ADAPTIVE] = tuner
     draw, times = random.Random(seed), {name: [] for name in field}
-    largest = max(given, key=lambda load: load.capacity)
     for arm in field.values():
-        layer.step(arm(largest), *layer.rows(largest))
+        layer.step(arm, *layer.rows(max(given, key=lambda load: load.capacity)))
+    learn(tuner)
+    for load in practice:
+        layer.step(tuner, *layer.rows(load))
+        learn(tuner)
+    learning = []
     for load in given:
         x_ND, count_E = layer.rows(load)
         for name in draw.sample(list(field), len(field)):
-            seconds = layer.step(field[name](load), x_ND, count_E)
-            # The place to tell an arm what its choice took.
-            times[name].append(seconds)
-    return times
+            times[name].append(layer.step(field[name], x_ND, count_E))
+        learning.append(learn(tuner))
+    count_WE = np.array(given[0].counts)
+    lookup = timeit.timeit(lambda: tuner.choose(count_WE), number=1000) / 1000
+    tried, exhaustive = tuner.trials
+    return times, {
+        "practice steps": len(practice), "tried": tried, "Tutel would have tried": exhaustive, "lookup us": 1e6 * lookup,
+        "learning ms a step": 1e3 * statistics.median(learning),
+        "chosen": {f"{key}": str(entry.current) for key, entry in sorted(tuner.entries.items())},
+    }  # fmt: skip
 
 
 def references(times: Times, given: list[Load], names: Sequence[str]) -> Times:
@@ -91,12 +131,18 @@ def speed(hosts: Hosts, rates: Mapping[str, float], *, pairs: int, short: bool) 
             shape, layout = Shape(experts), ExpertLayout(experts, RANKS)
             capacities = SHORT_CAPACITIES if short else CAPACITIES
             given = loads(shape, ranks=RANKS, steps=pairs, capacities=capacities, seed=experts)
-            times = slowest(run_ranks(hosts, race, shape, given, experts))
+            practice = loads(shape, ranks=RANKS, steps=PRACTICE * pairs, capacities=capacities, seed=experts + 2)
+            found_by_rank = run_ranks(hosts, race, shape, practice, given, experts)
+            times = slowest([of_rank for of_rank, _ in found_by_rank])
+            notes = found_by_rank[0][1]
             result = summary(times, given, list(statics(layout)))
             title = f"speed, {regime} ({megabits:.0f} Mbit/s), experts: {experts}; time over that of the"
             print_table(title, [{"arm": name, **row} for name, row in result.items()])
+            print(
+                "  adaptive: " + ", ".join(f"{key} {shown(value)}" for key, value in notes.items() if key != "chosen")
+            )
             found.append({
                 "regime": regime, "megabits": megabits, "experts": experts, "loads": [load.kind for load in given],
-                "seconds": times, "ratios": result,
+                "seconds": times, "ratios": result, "adaptive": notes,
             })  # fmt: skip
     return found

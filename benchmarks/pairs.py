@@ -42,14 +42,14 @@ def slowest(of_ranks: Sequence[Times]) -> Times:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    cells = [list(rows[0]), *(list(map(_shown, row.values())) for row in rows)]
+    cells = [list(rows[0]), *(list(map(shown, row.values())) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(title)
     for line in cells:
         print("  " + "  ".join(_padded(line, widths)).rstrip(), flush=True)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return f"{value:.4g}" if type(value) is float else str(value)
 
 

@@ -1,7 +1,8 @@
 """The run directory: every file a run leaves for people and tools (docs/reference/run_directory.md).
 
 One writer per file: the driver writes everything but `logs/` and `events/` (each rank its own),
-`experts.json` (rank 0) and `checkpoints/` (the stores). Readers may come at any moment, so documents are replaced
+`experts.json` and
+`strategies.json` (rank 0) and `checkpoints/` (the stores). Readers may come at any moment, so documents are replaced
 atomically and lines are appended whole.
 """
 
@@ -31,6 +32,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.incidents = self.path / "incidents.jsonl"
         self.experts = self.path / "experts.json"
+        self.strategies = self.path / "strategies.json"
         self.events = self.path / "events"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"

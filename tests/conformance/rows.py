@@ -10,7 +10,10 @@ import pytest
 
 @dataclass(frozen=True)
 class Row:
-    """A form, and the mesh its checkpoint is resumed on. long: left to the campaign, since other rows hold its parts."""
+    """A form, and the mesh its checkpoint is resumed on. long: left to the campaign, since other rows hold its parts.
+
+    hosts: over so many the form's own mesh is said to lie.
+    """
 
     name: str
     mesh: dict[str, int]
@@ -19,6 +22,13 @@ class Row:
     sections: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-11
     long: bool = False
+    hosts: int = 1
+
+    def sections_on(self, mesh: dict[str, int]) -> dict[str, Any]:
+        """The job's sections on its own mesh or on another one."""
+        if self.hosts == 1 or mesh != self.mesh:
+            return self.sections
+        return {**self.sections, "cluster": {"nodes": self.hosts, "workers_per_node": self.ranks // self.hosts}}
 
     @property
     def ranks(self) -> int:
@@ -69,6 +79,14 @@ ROWS = [
     Row("ep 4, 6 experts, r 0", {"fsdp": 4, "ep": 4}, {"tp": 2}, sections=FP64 | {"moe": {"experts": 6, "r": 0}}, long=True),
     Row("ep 2, 2 and 4 chunks, activation checkpointing", {"fsdp": 4, "ep": 2}, {"fsdp": 2},
         sections=RECOMPUTE | {"moe": {"degree": 2, "backward_degree": 4}}),
+    Row("ep 4 over two hosts, hierarchical, 2 chunks", {"fsdp": 4, "ep": 4}, {"fsdp": 2},
+        sections=FP64 | {"moe": {"r": 1, "degree": 2, "all_to_all": "hierarchical"}}, hosts=2),
+    Row("fsdp x ep 2, a hot expert, 2 and 1 chunks", {"fsdp": 4, "ep": 2}, {"tp": 2}, long=True,
+        sections=FP64 | {"moe": {"r": 1, "degree": 2, "backward_degree": 1, "hot_experts": 1}}),
+    Row("tp 2 x ep 4, shared expert, dropless, 4 chunks", {"tp": 2, "fsdp": 2, "ep": 4}, {"fsdp": 3}, long=True,
+        sections=FP64 | {"moe": {"r": 1, "degree": 4, "shared_experts": 1, "dropless": True}}),
+    Row("fsdp x ep 2, shared expert, 2 chunks, activation checkpointing", {"fsdp": 4, "ep": 2}, {"tp": 2},
+        sections=RECOMPUTE | {"moe": {"r": 1, "degree": 2, "shared_experts": 1}}),
     Row("MoE++, fsdp x ep 2", {"fsdp": 4, "ep": 2}, {"tp": 2}, sections=FP64 | {"moe": PLUS}),
     Row("MoE++, tp 2 x ep 2, 2 chunks", {"tp": 2, "ep": 2}, {"fsdp": 3}, long=True,
         sections=FP64 | {"moe": {**PLUS, "degree": 2}}),
@@ -85,6 +103,11 @@ ROWS = [
     Row("fused q, k and v: tp 2 x fsdp 2", {"tp": 2, "fsdp": 2}, {"tp": 3}, kind="huggingface", sections=FUSED),
     Row("mixtral ep 2", {"fsdp": 2, "ep": 2}, {"tp": 2}, kind="huggingface", sections=MIXTURE, long=True),
     Row("mixtral tp 2 x ep 4", {"tp": 2, "fsdp": 2, "ep": 4}, {"fsdp": 2}, kind="huggingface", sections=MIXTURE),
+    Row("mixtral ep 2, r 0", {"fsdp": 2, "ep": 2}, {"tp": 2}, kind="huggingface", long=True,
+        sections=MIXTURE | {"moe": {"r": 0}}),
+    Row("mixtral fsdp x ep 4, hierarchical, 2 and 4 chunks", {"fsdp": 4, "ep": 4}, {"fsdp": 3}, kind="huggingface",
+        sections=MIXTURE | {"moe": {"degree": 2, "backward_degree": 4, "all_to_all": "hierarchical"}}, hosts=2),
+    Row("mixtral ep 3 (uneven)", {"fsdp": 3, "ep": 3}, {"fsdp": 2}, kind="huggingface", sections=MIXTURE, long=True),
     Row("a list of experts, ep 2", {"fsdp": 2, "ep": 2}, {"fsdp": 3}, sections=LISTED, long=True),
     Row("a list of experts, tp 2 x fsdp x ep 2", {"tp": 2, "fsdp": 2, "ep": 2}, {"dp": 2}, sections=LISTED),
 ]  # fmt: skip

@@ -20,9 +20,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[str, Trained] = {}
 
     def get(row: Row, mesh: dict[str, int]) -> Trained:
-        key = repr((row.kind, mesh, row.sections))
+        sections = row.sections_on(mesh)
+        key = repr((row.kind, mesh, sections))
         if key not in made:
-            config = job(row.kind, mesh=mesh, **row.sections)
+            config = job(row.kind, mesh=mesh, **sections)
             made[key] = Trained(config, tmp_path_factory.mktemp("trained"), steps=STEPS)
         return made[key]
 

@@ -61,6 +61,8 @@ def test_the_page_tells_a_run_and_follows_it(browser: Any, tmp_path: Path) -> No
             assert len(browser.find_elements("css selector", "#timeline canvas")) == 4
             assert browser.find_elements("css selector", "#loss-chart canvas")
             assert "fsdp 4 x ep 2" in text(browser, "plan")
+            assert "r 1, degree 4" in text(browser, "mixtures") and "8 calls, measured" in text(browser, "mixtures")
+            assert "Tried 5 strategies" in text(browser, "mixtures-note")
 
             cells[0].click()
             browser.switch_to.active_element.send_keys("\ue014")  # the right arrow

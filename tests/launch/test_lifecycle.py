@@ -100,13 +100,18 @@ def test_a_launch_again_places_experts_by_what_was_counted(tmp_path: Path) -> No
     """Experts move through the checkpoint of step 10; what is learned is what it would be without."""
 
     def launch(run_dir: RunDir, steps: int, placement: str) -> tuple[dict[str, Any], str]:
-        sections = {"model": {"dtype": "float64"}, "moe": {"placement": placement}}
+        # What is measured may choose strategies: they do not change what is learned.
+        sections = {"model": {"dtype": "float64"}, "moe": {"placement": placement}, "run": {"deterministic": False}}
         path = write_job(tmp_path, small(tmp_path, steps=steps, mesh={"fsdp": 2, "ep": 2}, **sections))
         code, output = run(path, run_dir)
         assert code == 0, output
         counts, plan = (json.loads(path.read_text()) for path in (run_dir.experts, run_dir.plan))
-        validate("experts", counts)
-        validate("plan", plan)
+        strategies = json.loads(run_dir.strategies.read_text())
+        for name, document in (("experts", counts), ("plan", plan), ("strategies", strategies)):
+            validate(name, document)
+        last = run_dir.read_metrics()[-1]
+        validate("metrics", last)
+        assert sum(line["calls"] for line in last["moe_strategies"]) == 2 * 2, "two layers, two logical shards a rank"
         # One shard of 2 x 16 tokens a rank and step, each with 2 experts; a launch begins anew.
         assert counts["step"] == steps and sum(map(sum, counts["traffic"][0])) == 10 * 2 * 64
         return plan, output

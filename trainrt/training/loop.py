@@ -78,7 +78,7 @@ def train_step(job: Job, meter: Meter, step: int, *, stop: bool) -> tuple[StepRe
             append_line(job.run_dir.metrics_journal, line)
         stall = job.snapshots.take(step, ending=ending, metadata=lambda: metadata_of(job, step))
         if stall.checkpoint:
-            keep_counts(job, step)
+            keep_mixtures(job, step)
     seconds = time.perf_counter() - start
     meter.last = (seconds, stall.seconds)
     return result, stall, seconds
@@ -107,11 +107,13 @@ def metadata_of(job: Job, step: int) -> dict[str, Any] | None:
     return {**job.constants, **changing}
 
 
-def keep_counts(job: Job, step: int) -> None:
-    """What routers chose so far, for the placement of experts when the run is launched again."""
-    counts = job.engine.routing.gather(step)
+def keep_mixtures(job: Job, step: int) -> None:
+    """What routers chose so far, for the placement of experts when the run is launched again, and how mixtures are computed."""
+    counts, tuners = job.engine.routing.gather(step), job.engine.tuners
     if counts is not None and job.spec.rank == 0:
         write_json(job.run_dir.experts, counts.to_json())
+    if tuners and job.spec.rank == 0:
+        write_json(job.run_dir.strategies, {"step": step, "mixtures": [tuner.to_json() for tuner in tuners]})
 
 
 def final_checkpoint(job: Job, step: int) -> str | None:

@@ -59,6 +59,14 @@ function showCharts() {
   charts[1].setData([steps, metrics.map((m) => m.tokens_per_second)]);
 }
 
+function showMixtures() {
+  const last = metrics.at(-1);
+  $("mixtures-section").hidden = !last?.moe_strategies;
+  if (!last?.moe_strategies) return;
+  $("mixtures-note").textContent = `Tried ${last.moe_trials} strategies so far, where trying all would have taken ${last.moe_trials_exhaustive}.`;
+  pairs($("mixtures"), last.moe_strategies.map((s) => [s.strategy, `${s.calls} ${s.calls === 1 ? "call" : "calls"}, ${s.why}`]));
+}
+
 // Blue to white to orange: read the same by those who do not tell red from green.
 function heatColor(ratio) {
   const t = Math.max(-1, Math.min(1, Math.log2(ratio) / Math.log2(1.5)));
@@ -148,7 +156,7 @@ async function refresh() {
   const from = metrics.at(-1)?.step ?? 0;
   const [fresh, run, heat, incidents] = await Promise.all([get(`/api/metrics?after=${from}`), get("/api/run"), get("/api/heatmap"), get("/api/incidents")]);
   metrics.push(...fresh.lines.filter((line) => line.step > (metrics.at(-1)?.step ?? 0)));
-  showState(run); showCharts(); showHeat(heat); showIncidents(incidents.incidents); showPlan(run.plan);
+  showState(run); showCharts(); showMixtures(); showHeat(heat); showIncidents(incidents.incidents); showPlan(run.plan);
   showTimeline(await get(pinnedStep === null ? "/api/timeline" : `/api/timeline?step=${pinnedStep}`));
 }
 

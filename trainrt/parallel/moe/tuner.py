@@ -106,6 +106,9 @@ class Tuner:
             strategy = entry.current if entry is not None else self._best(key)[0]
             choice = Choice(strategy, Times(self.group) if len(self._step) < ROOM else None)
             self._step[key] = choice
+        if not torch.is_grad_enabled():
+            # An evaluation: forward alone.
+            return Choice(choice.strategy)
         entry = self.entries.get(key)
         self.calls[choice.strategy, "new" if entry is None else entry.reason] += 1
         return choice
