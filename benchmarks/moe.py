@@ -1,6 +1,6 @@
 """The exchange of a mixture of experts between two hosts: what strategies take, what they send, what is hidden; beside its peers.
 
-    python -m benchmarks.moe [--part speed|overlap|bytes|peers] [--pairs 30] [--short] [--json FILE]
+    python -m benchmarks.moe [--part speed|overlap|bytes|peers|model] [--pairs 30] [--short] [--json FILE]
 
 Needs root: the hosts are network namespaces of this machine, each of which sends at a limited rate (tc tbf); they are removed
 in the end. Ranks are processes of one thread, gloo; the layer is `Experts` spread over them: exchange, experts, exchange,
@@ -10,10 +10,12 @@ medians over pairs of runs next to each other, in brackets the bootstrap's 95 % 
 Regimes: "balanced" is the rate at which the exchange takes as long as the experts (measured first), "link-bound" a quarter of it.
 
 speed: loads of 32, 512 and 4096 rows a rank; uniform, Zipf, one hot expert, one rank with four times the rows; in turn.
+The adaptive arm practises on other loads of these kinds first.
 overlap: exchange alone, experts alone, both; also with experts that sleep as long, as an accelerator computes. "hidden" is the
 share of the shorter of the two that the other one hides, the exchange being cut into as many chunks. Chunks alone make an
 exchange faster (the link idles less): "with link use" has that gain in it.
 bytes: on two ranks, and on four of which two share a host.
+model: the cost model's error on loads that it was not fitted to, and what it says of larger clusters.
 peers: a whole layer of four experts, top 2, with its router, under DeepSpeed-MoE (and Tutel where it is installed): same
 weights, routing and capacity.
 """
@@ -30,13 +32,14 @@ from typing import Any
 from benchmarks.moe_bytes import bytes_sent, formula
 from benchmarks.moe_hosts import run_ranks, two_hosts
 from benchmarks.moe_layer import RANKS
+from benchmarks.moe_model import model
 from benchmarks.moe_overlap import SHAPE, compute_seconds, even, overlap
 from benchmarks.moe_peers import peers
 from benchmarks.moe_speed import speed
 from tests.launch.hosts import Hosts, can_make_hosts
 from trainrt.parallel.moe.strategy import PLAIN
 
-PARTS = ("speed", "overlap", "bytes", "peers")
+PARTS = ("speed", "overlap", "bytes", "peers", "model")
 CALIBRATED = 1024
 """Rows a rank for which exchange and experts are to take the same time."""
 SHORT_PAIRS = 2
@@ -53,7 +56,9 @@ def regimes(hosts: Hosts) -> dict[str, float]:
 def measured(part: str, hosts: Hosts, rates: dict[str, float], *, pairs: int, short: bool) -> Any:
     if part == "bytes":
         return bytes_sent(hosts, short=short)
-    return {"speed": speed, "overlap": overlap, "peers": peers}[part](hosts, rates, pairs=pairs, short=short)
+    return {"speed": speed, "overlap": overlap, "peers": peers, "model": model}[part](
+        hosts, rates, pairs=pairs, short=short
+    )
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from tests.launch.hosts import Hosts
 from trainrt.config import MoeConfig
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.moe.cost import Rates, Sizes
-from trainrt.parallel.moe.experts import local
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.strategy import Chooser, Fixed, Lattice, Strategy
 from trainrt.parallel.moe.tuner import Tuner
@@ -44,14 +43,18 @@ def name_of(strategy: Strategy) -> str:
     return f"r {strategy.r}, degree {strategy.degree}" if strategy.r else "r 0"
 
 
-def adaptive(layer: Layer) -> Tuner:
+def sizes_of(shape: Shape, layout: ExpertLayout) -> Sizes:
+    """As the cost model sees the layer."""
+    elements = 3 * shape.width * shape.inner
+    return Sizes(layout, 1, NUMBER * shape.width, NUMBER * elements, 2.0 * elements)
+
+
+def adaptive(layer: Layer, shape: Shape) -> Tuner:
     """The arm that learns, knowing nothing of these links. It may choose 16 chunks and hot experts, too."""
-    elements = 3 * local(layer.experts.gate_proj)[0].numel() * layer.layout.slices
-    sizes = Sizes(layer.layout, 1, NUMBER * layer.width, NUMBER * elements, 2.0 * elements)
     group = dist.group.WORLD
     assert group is not None
     ways = list(Lattice(layer.layout, False, MoeConfig()))
-    return Tuner(ways, sizes, Rates.of(device_of("cpu")), group, recomputed=False)
+    return Tuner(ways, sizes_of(shape, layer.layout), Rates.of(device_of("cpu")), group, recomputed=False)
 
 
 def learn(tuner: Tuner) -> float:
@@ -66,7 +69,7 @@ def race(
 ) -> tuple[Times, dict[str, Any]]:  # fmt: skip
     """Each arm takes a step before any takes the next, in an order that changes; before, the one that learns has practice."""
     layer = Layer(experts_of(shape))
-    tuner = adaptive(layer)
+    tuner = adaptive(layer, shape)
     field: dict[str, Chooser] = {name: Fixed(strategy) for name, strategy in statics(layer.layout).items()}
     field[ADAPTIVE] = tuner
     draw, times = random.Random(seed), {name: [] for name in field}

@@ -424,6 +424,8 @@ def _strategy_problems(moe: MoeConfig) -> Iterator[str]:
         value = getattr(moe, key)
         if value != "auto" and value < 1:
             yield f'moe.{key} = {value}; allowed: "auto" or a whole number from 1'
+    if moe.hot_experts != "auto" and moe.hot_experts < 0:
+        yield f'moe.hot_experts = {moe.hot_experts}; allowed: "auto" or a whole number from 0'
     if moe.r != "auto" and moe.r < 0:
         yield f'moe.r = {moe.r}; allowed: "auto", 0, or a divisor of parallel.ep / moe.experts'
 

@@ -88,7 +88,7 @@ class Lattice:
 def check_listed(config: MoeConfig, name: str) -> None:
     """Raises PlanError where the config asks for what a list of experts, which is always gathered, does not have."""
     for key, allowed in (("r", ("auto", 0, 1)), ("degree", ("auto", 1)), ("backward_degree", ("auto", 1)),
-                         ("all_to_all", ("auto", "linear"))):  # fmt: skip
+                         ("all_to_all", ("auto", "linear")), ("hot_experts", ("auto", 0))):  # fmt: skip
         value = getattr(config, key)
         if value not in allowed:
             raise PlanError(
