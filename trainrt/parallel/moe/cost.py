@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -44,13 +45,18 @@ class Sizes:
         if layout.slices > 1:
             busiest = -(-int(count_WE.sum(0).max()) // layout.slices)
         else:
-            firsts = [layout.first(rank) for rank in range(layout.ranks)]
-            busiest = int(np.add.reduceat(count_WE.sum(0), firsts).max())
+            busiest = int(np.add.reduceat(count_WE.sum(0), _firsts(layout)).max())
         return _bucket(int(count_WE.sum(1).max())), _bucket(busiest)
 
     def even(self, rows: int) -> Key:
         """The bucket where every rank has so many rows and every expert as many of them."""
         return _bucket(rows), _bucket(rows)
+
+
+@lru_cache
+def _firsts(layout: ExpertLayout) -> Counts:
+    """The first position of each rank."""
+    return np.array([layout.first(rank) for rank in range(layout.ranks)])
 
 
 def _bucket(rows: int) -> int:
