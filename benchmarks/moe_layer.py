@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from trainrt.config import MeshSize
-from trainrt.parallel.mesh import make_expert_groups, spans_hosts
+from trainrt.parallel.mesh import make_expert_groups
 from trainrt.parallel.moe.experts import Experts
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.parallel import spread_experts
@@ -116,7 +116,7 @@ class Layer:
         self.experts, self.width, self.rank = experts, width, dist.get_rank()
         self.layout = ExpertLayout(experts.number, ranks)
         size, mesh = MeshSize(fsdp=ranks, ep=ranks), init_device_mesh("cpu", (ranks,))
-        self.hosts = spans_hosts(size, PLACES)
+        self.hosts = 1 < PLACES < ranks
         widths = sorted({self.layout.slices // r for r in self.layout.choices if r})
         groups = make_expert_groups(size, mesh, widths=widths, places=PLACES)
         spread_experts(nn.ModuleDict({"experts": experts}), {"experts": None}, mesh, groups)

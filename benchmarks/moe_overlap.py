@@ -67,7 +67,7 @@ def parts(layer: Layer, load: Load) -> tuple[dict[str, Run], Tensor]:
     for degree in DEGREES:
         computes = {"exchange": (Piece(nothing, ()),), "sleep": (Piece(sleep, ()),), "experts": SWIGLU}
         for name, pieces in computes.items():
-            way = Way(exchange, pieces, (degree, degree), False, ())
+            way = Way(exchange, pieces, (degree, degree), False)
             given = weights if pieces is SWIGLU else []
             runs[f"{name} {degree}"] = lambda x_ND, way=way, given=given: way(x_ND, given)
     return runs, x_ND

@@ -53,7 +53,7 @@ def adaptive(layer: Layer, shape: Shape) -> Tuner:
     """The arm that learns, knowing nothing of these links. It may choose 16 chunks and hot experts, too."""
     group = dist.group.WORLD
     assert group is not None
-    ways = list(Lattice(layer.layout, False, MoeConfig()))
+    ways = list(Lattice(layer.layout, 1, MoeConfig()))
     return Tuner(ways, sizes_of(shape, layer.layout), Rates.of(device_of("cpu")), group, recomputed=False)
 
 

@@ -278,7 +278,7 @@ STRATEGY_KEYS = {
     "moe.r", "moe.degree", "moe.backward_degree", "moe.all_to_all", "moe.hot_experts", "moe.placement",
     "model.activation_checkpointing",
 }  # fmt: skip
-MOE_LM_KEYS = ("prioritised", "routing", "shared_experts", "balance")
+MOE_LM_KEYS = ("prioritised", "routing", "shared_experts", "balance", "bias_rate")
 
 
 def learned_differences(old: JobConfig, new: JobConfig) -> list[str]:
@@ -426,6 +426,12 @@ def _strategy_problems(moe: MoeConfig) -> Iterator[str]:
             yield f'moe.{key} = {value}; allowed: "auto" or a whole number from 1'
     if moe.hot_experts != "auto" and moe.hot_experts < 0:
         yield f'moe.hot_experts = {moe.hot_experts}; allowed: "auto" or a whole number from 0'
+    if moe.r == 0:
+        for key, nothing in (("degree", 1), ("backward_degree", 1), ("all_to_all", "linear"), ("hot_experts", 0)):
+            value = getattr(moe, key)
+            if value not in ("auto", nothing):
+                given, allowed = json.dumps(value), json.dumps(nothing)
+                yield f'moe.{key} = {given} with moe.r = 0, where no row travels; allowed: "auto", {allowed}'
     if moe.r != "auto" and moe.r < 0:
         yield f'moe.r = {moe.r}; allowed: "auto", 0, or a divisor of parallel.ep / moe.experts'
 

@@ -122,7 +122,7 @@ class ExpertGroups:
 
 
 def make_expert_groups(size: MeshSize, mesh: DeviceMesh, *, widths: Sequence[int], places: int) -> ExpertGroups:
-    """Every rank calls this. `mesh`: ep; `widths`: of groups of neighbours; `places`: ranks a host has."""
+    """Every rank calls this. `mesh`: ep; `widths`: of groups of neighbours; `places`: ranks of ep that a host has."""
     from torch.distributed.device_mesh import init_device_mesh
 
     neighbours: dict[int, dist.ProcessGroup | None] = {1: None}
@@ -131,13 +131,15 @@ def make_expert_groups(size: MeshSize, mesh: DeviceMesh, *, widths: Sequence[int
             shape = (size.world_size // width, width)
             beside = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("apart", "slices"))
             neighbours[width] = beside.get_group("slices")
-    if not spans_hosts(size, places):
+    if not 1 < places < size.ep:
         return ExpertGroups(mesh.get_group(), None, None, neighbours)
     by_host = (size.efsdp, size.ep // places, places)
     hosts = init_device_mesh(mesh.device_type, by_host, mesh_dim_names=("apart", "across", "inside"))
     return ExpertGroups(mesh.get_group(), hosts.get_group("inside"), hosts.get_group("across"), neighbours)
 
 
-def spans_hosts(size: MeshSize, places: int) -> bool:
-    """Whether ep lies over several hosts with several of its ranks on each."""
-    return 1 < places < size.ep and size.ep % places == 0
+def places_on_host(ep: int, workers_per_node: int) -> int:
+    """How many ranks of a group of ep are on a host: all, as many as it has, or 1 where groups lie across unevenly."""
+    if workers_per_node % ep == 0:
+        return ep
+    return workers_per_node if ep % workers_per_node == 0 else 1

@@ -4,9 +4,9 @@ It knows nothing of what the stages do. Those that communicate start their work 
 for when the next stage of the chunk needs it. The order of starts depends on numbers of chunks and stages only, so it is the
 same on all ranks: collectives of one group must start in one order.
 
-What leads to the computation is started for all chunks before anything is waited for, hop by hop. Then each chunk is computed
-and sent on; a chunk that has further to go is sent on when the next one has been computed. Looking ahead by one chunk only was
-slower (docs/decisions.md). Wherever something would be waited for that has not come yet, work that nobody waits for is done.
+What leads to the computation is started for all chunks, hop by hop, before any is computed. Then each chunk is computed and
+sent on; a chunk that has further to go is sent on when the next one has been computed. Wherever something would be waited for
+that has not come yet, work that nobody waits for is done.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Schedule:
         order = list(chunks)
         arriving = {chunk: self.lead[0](chunk, None) for chunk in order}
         for hop in self.lead[1:]:
-            arriving = {chunk: hop(chunk, arriving[chunk].wait()) for chunk in order}
+            arriving = {chunk: hop(chunk, self._wait(arriving[chunk])) for chunk in order}
         leaving: dict[int, Work] = {}
         hops = dict.fromkeys(order, 1)
         for position, chunk in enumerate(order):
@@ -73,8 +73,3 @@ class Schedule:
         while self.fillers and not work.is_completed():
             self.fillers.popleft()()
         return work.wait()
-
-
-def parts(length: int, number: int) -> list[tuple[int, int]]:
-    """(start, stop) of `number` parts of a range, as even as can be; some are empty where it is shorter."""
-    return [(length * k // number, length * (k + 1) // number) for k in range(number)]

@@ -17,6 +17,8 @@ from typing import Any
 
 from trainrt.config import JobConfig
 from trainrt.errors import PlanError
+from trainrt.parallel.moe.form import ExpertsForm
+from trainrt.parallel.moe.strategy import PLAIN, Strategy
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.planner.sharding import Cache, experts_in, key_of, sharding_of
 from trainrt.parallel.processes import last_word, run_ranks
@@ -28,6 +30,9 @@ RANKS = 4
 """Processes at most; a plan for more ranks is verified for two."""
 
 SECONDS = 300
+VERIFIED = (PLAIN, Strategy(0), Strategy(1, 2, 1, hot=1))
+"""Strategies under which experts of other models are compared: with some of them, with all, and with one. Ours know how many
+they are, and are compared under one."""
 
 
 def verified(config: JobConfig, plan: Plan) -> Plan:
@@ -87,7 +92,10 @@ def main(folder: str, axis: str, ranks: int, placed: bool, rank: int) -> None:
     if axis == "tp":
         verdict = compare_split(blueprint, sharding_of(blueprint, ranks), mesh)
     else:
-        verdict = compare_experts(blueprint, experts_in(blueprint), mesh, placed=placed)
+        forms = experts_in(blueprint)
+        ways = VERIFIED if any(isinstance(form, ExpertsForm) for form in forms.values()) else VERIFIED[:1]
+        verdicts = [compare_experts(blueprint, forms, mesh, way, placed=placed) for way in ways]
+        verdict = next((verdict for verdict in verdicts if not verdict.right), verdicts[0])
     if rank == 0:
         partial = Path(folder) / "verdict.partial"
         partial.write_text(json.dumps(asdict(verdict)))

@@ -13,7 +13,7 @@ from trainrt.config import MoeConfig
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.strategy import Lattice, Strategy
-from trainrt.parallel.schedule import Schedule, parts
+from trainrt.parallel.schedule import Schedule
 
 WIDTH, INNER = 6, 8
 DEGREES = (1, 2, 4)
@@ -163,7 +163,7 @@ def test_layouts_hold_every_expert_once() -> None:
     with pytest.raises(PlanError, match="allowed: 1, 2, 3, 6"):
         ExpertLayout(3, 8).choices  # noqa: B018
     with pytest.raises(PlanError, match=r"moe\.r = 3 .*allowed: \"auto\", 0, 1, 2"):
-        Lattice(ExpertLayout(2, 4), False, MoeConfig(r=3)).check()
+        Lattice(ExpertLayout(2, 4), 1, MoeConfig(r=3)).check()
 
 
 class Late:
@@ -197,7 +197,6 @@ def test_all_is_sent_before_anything_is_waited_for_and_all_that_comes_back_in_th
     assert ended == [(1, "back 1"), (0, "back 0")]
     assert log == ["there 1", "there 0", "wait there 1", "compute 1", "back 1", "wait there 0", "compute 0", "back 0",
                    "wait back 1", "wait back 0"]  # fmt: skip
-    assert parts(7, 3) == [(0, 2), (2, 4), (4, 7)] and parts(1, 4)[-1] == (0, 1)
 
 
 def test_a_chunk_with_two_hops_is_sent_on_when_the_next_one_has_been_computed() -> None:

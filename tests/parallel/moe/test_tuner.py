@@ -20,7 +20,7 @@ LAYOUT = ExpertLayout(2, 2)
 SIZES = Sizes(LAYOUT, places=1, row_bytes=1024, expert_bytes=3 << 20, row_flops=1.5e6)
 TRUE = Rates(message=2e-4, byte=2e-8, inside_byte=2e-8, flop=5e-11, chunk=1e-4)
 ASSUMED = Rates(message=2e-5, byte=5e-10, inside_byte=5e-10, flop=4e-11, chunk=2e-5)
-STRATEGIES = list(Lattice(LAYOUT, False, MoeConfig()))
+STRATEGIES = list(Lattice(LAYOUT, 1, MoeConfig()))
 
 
 @dataclass
@@ -52,8 +52,9 @@ def steps(tuner: Any, counts: list[np.ndarray], rates: Rates, seed: int) -> list
         choice = tuner.choose(count_WE)
         key = tuner.sizes.key(count_WE)
         forward, backward = predict(key, choice.strategy, tuner.sizes, rates, recomputed=False)
-        choice.times.forward.append(Watch(forward * rng.lognormvariate(0, 0.05)))
-        choice.times.backward.append(Watch(backward * rng.lognormvariate(0, 0.05)))
+        if choice.times is not None:
+            choice.times.forward.append(Watch(forward * rng.lognormvariate(0, 0.05)))
+            choice.times.backward.append(Watch(backward * rng.lognormvariate(0, 0.05)))
         chosen.append((key, choice.strategy))
         tuner.learn(all_gather(tuner.observed(torch.device("cpu")), dist.group.WORLD))
     return chosen
@@ -82,7 +83,7 @@ def learned(rank: int) -> dict[str, Any]:
     restored = {key: entry.chosen for key, entry in again.entries.items()}
     # The link becomes ten times as fast.
     before = dict(first[-100:])
-    after = dict(steps(tuner, loads(1, 600), replace(TRUE, byte=TRUE.byte / 10), seed=rank)[-100:])
+    after = dict(steps(tuner, loads(1, 4000), replace(TRUE, byte=TRUE.byte / 10), seed=rank)[-100:])
     reasons = {entry.why for entry in tuner.entries.values()}
     return {"chosen": first, "trials": trials, "ratios": ratios, "same": known == restored, "before": before,
             "after": after, "reasons": reasons}  # fmt: skip
@@ -105,8 +106,40 @@ def test_the_fastest_is_found_with_few_trials_and_all_ranks_agree() -> None:
 
 
 def test_what_became_slower_or_faster_is_tried_again() -> None:
+    """After the links became ten times as fast, what is chosen is good there, and what was chosen before is not."""
     one, _ = run_ranks(2, learned)
-    assert any(why.startswith("drifted") for why in one["reasons"]) or one["before"] != one["after"]
+    faster = replace(TRUE, byte=TRUE.byte / 10)
+
+    def ratio(chosen: dict[tuple[int, int], Strategy]) -> float:
+        return float(np.mean([
+            sum(predict(key, strategy, SIZES, faster, recomputed=False))
+            / min(sum(predict(key, s, SIZES, faster, recomputed=False)) for s in STRATEGIES)
+            for key, strategy in chosen.items()
+        ]))  # fmt: skip
+
+    assert ratio(one["after"]) < 1.1 < ratio(one["before"])
+
+
+def steady(rank: int, config: MoeConfig) -> tuple[float, tuple[int, int]]:
+    """One bucket for ever, and rates that mislead: how much longer than the fastest what is chosen in the end takes."""
+    import torch.distributed as dist
+
+    from trainrt.parallel.moe.tuner import Tuner
+
+    strategies = list(Lattice(LAYOUT, 1, config))
+    tuner = Tuner(
+        strategies, SIZES, replace(ASSUMED, message=1e-7, byte=5e-8, chunk=1e-7), dist.group.WORLD, recomputed=False
+    )
+    slow = replace(TRUE, message=2e-3, chunk=2e-3, byte=1e-9)
+    chosen = steps(tuner, [np.full((2, 2), 100)] * 80, slow, seed=rank)
+    seconds = {s: sum(predict(chosen[-1][0], s, SIZES, slow, recomputed=False)) for s in strategies}
+    return seconds[chosen[-1][1]] / min(seconds.values()), tuner.trials
+
+
+@pytest.mark.parametrize("config", [MoeConfig(), MoeConfig(r=1, hot_experts=0)])
+def test_steady_loads_do_not_stay_with_what_was_guessed(config: MoeConfig) -> None:
+    for ratio, (tried, exhaustive) in run_ranks(2, steady, config):
+        assert ratio < 1.1 and 2 <= tried <= 0.25 * exhaustive, (ratio, tried)
 
 
 def disagree(rank: int) -> str:
@@ -159,4 +192,4 @@ def test_buckets_follow_from_the_busiest_and_hold_similar_loads() -> None:
     (True, MoeConfig(all_to_all="hierarchical"), 11), (False, MoeConfig(r=0), 1), (False, MoeConfig(hot_experts=0), 6),
 ])  # fmt: skip
 def test_strategies_are_those_the_config_leaves_open(hosts: bool, config: MoeConfig, number: int) -> None:
-    assert len(list(Lattice(LAYOUT, hosts, config))) == number
+    assert len(list(Lattice(ExpertLayout(4, 4), 2 if hosts else 1, config))) == number

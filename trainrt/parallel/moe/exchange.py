@@ -104,7 +104,7 @@ class Exchange:
         width = layout.slices // r
         turn_W = np.arange(layout.ranks) % width
         rows_WW = (np.repeat(count_WE, layout.slices, 1) - turn_W + width - 1) // width
-        source = _copies(torch.from_numpy(count_WE[rank]).to(device), layout, r)
+        source = torch.from_numpy(_copies(count_WE[rank], layout, r)).to(device)
         return cls(groups, hierarchical, source, rows_WW, rows_WW[:, rank : rank + 1], device)
 
     @property
@@ -129,9 +129,10 @@ class Exchange:
         arrived: Tensor | slice = slice(None)
         # One chunk is everything as it lies.
         if number > 1:
-            rows = self._indices(self.rows_WW[rank], start_WW[rank], stop_WW[rank])
-            arrived = self._indices(self.rows_WW[:, rank], start_WW[:, rank], stop_WW[:, rank])
-            expert_M = expert_M[arrived.cpu().numpy()]
+            arrived_M = _parts(self.rows_WW[:, rank], start_WW[:, rank], stop_WW[:, rank])
+            expert_M = expert_M[arrived_M]
+            rows = torch.from_numpy(_parts(self.rows_WW[rank], start_WW[rank], stop_WW[rank])).to(self.device)
+            arrived = torch.from_numpy(arrived_M).to(self.device)
         order = torch.from_numpy(np.argsort(expert_M, kind="stable")).to(self.device)
         counts = np.bincount(expert_M, minlength=here).tolist()
         return Chunk(rows, self._way(stop_WW - start_WW), arrived, order, counts)
@@ -142,20 +143,19 @@ class Exchange:
             return [Hop(self.groups.ep, None, rows_WW[rank].tolist(), rows_WW[:, rank].tolist())]
         return _through_hosts(rows_WW, self.groups, self.device)
 
-    def _indices(self, lengths: Counts, start: Counts, stop: Counts) -> Tensor:
-        """Of rows in runs of `lengths`, those from `start` to `stop` of each run."""
-        first = np.cumsum(lengths) - lengths
-        return torch.from_numpy(_ranges(first + start, stop - start)).to(self.device)
+
+def _parts(lengths: Counts, start: Counts, stop: Counts) -> Counts:
+    """Of rows in runs of `lengths`, the indices of those from `start` to `stop` of each run."""
+    return _ranges(np.cumsum(lengths) - lengths + start, stop - start)
 
 
-def _copies(count_E: Tensor, layout: ExpertLayout, r: int) -> Tensor:
+def _copies(count_E: Counts, layout: ExpertLayout, r: int) -> Counts:
     """Which row it is that is sent, in the order of destinations: each row r times, to slices of its expert."""
-    width = layout.slices // r
-    expert_N = torch.arange(layout.experts, device=count_E.device).repeat_interleave(count_E)
-    turn_N = torch.arange(len(expert_N), device=count_E.device) - (count_E.cumsum(0) - count_E)[expert_N]
-    copies = [expert_N * layout.slices + copy * width + turn_N % width for copy in range(r)]
-    _, source = torch.cat(copies).sort(stable=True)
-    return source % max(len(expert_N), 1)
+    width, rows = layout.slices // r, int(count_E.sum())
+    expert_N = np.repeat(np.arange(layout.experts), count_E)
+    turn_N = np.arange(rows) - np.repeat(np.cumsum(count_E) - count_E, count_E)
+    to = np.concatenate([expert_N * layout.slices + copy * width + turn_N % width for copy in range(r)])
+    return np.argsort(to, kind="stable") % max(rows, 1)
 
 
 def _through_hosts(rows_WW: Counts, groups: ExpertGroups, device: torch.device) -> list[Hop]:

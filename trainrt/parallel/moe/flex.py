@@ -11,7 +11,7 @@ Legend: N rows sent, M rows received, D width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,22 +94,24 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How rows travel, through which pieces, and what is computed beside.
+    """How rows travel, and through which pieces. degrees: chunks forward and backward.
 
-    degrees: chunks forward and backward. recomputed: nothing is kept for backward in any case.
+    recomputed: nothing is kept for backward in any case.
     """
 
     exchange: Exchange
     pieces: Sequence[Piece]
     degrees: tuple[int, int]
     recomputed: bool
-    besides: Sequence[Beside]
 
-    def __call__(self, x_ND: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    def __call__(self, x_ND: Tensor, weights: Sequence[Tensor], besides: Sequence[Beside] = ()) -> Tensor:
         """The rows that come back. Fills in the results of what is beside."""
-        tensors = [tensor for beside in self.besides for tensor in beside.tensors]
-        y_ND, *results = Travel.apply(self, len(weights), x_ND, *weights, *tensors)
-        for beside, result in zip(self.besides, results, strict=True):
+        # The graph may know functions, not results, which know the graph.
+        tasks = [(beside.compute, len(beside.tensors)) for beside in besides]
+        tensors = [tensor for beside in besides for tensor in beside.tensors]
+        graph = torch.is_grad_enabled()
+        y_ND, *results = Travel.apply(self, tasks, graph, len(weights), x_ND, *weights, *tensors)
+        for beside, result in zip(besides, results, strict=True):
             beside.result = result
         return y_ND
 
@@ -118,74 +120,86 @@ class Travel(torch.autograd.Function):
     """Rows to their experts and back. Gradients of weights are those of all rows that came here."""
 
     @staticmethod
-    def forward(ctx: Any, way: Way, weights: int, x_ND: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        forward_degree, ctx.degree = way.degrees
-        ctx.keeps = forward_degree == ctx.degree and not way.recomputed
-        keeps = ctx.keeps and any(ctx.needs_input_grad)
-        chunks = way.exchange.chunks(forward_degree)
-        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
-        ctx.way, ctx.leaves, ctx.beside = way, leaves[:weights], _apart(way, leaves[weights:])
+    def forward(
+        ctx: Any, way: Way, tasks: Sequence[tuple[Callable[..., Tensor], int]], graph: bool, weights: int,
+        x_ND: Tensor, *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        graph = graph and any(ctx.needs_input_grad)
+        forward_degree, backward_degree = way.degrees
+        ctx.keeps = forward_degree == backward_degree and not way.recomputed
+        ctx.way, ctx.tasks, ctx.weights = way, tasks, weights
+        chunks, leaves = way.exchange.chunks(forward_degree), _leaves(tensors)
         kept: dict[int, _Kept] = {}
         results: dict[int, Tensor] = {}
 
         def experts(k: int, arrived: Tensor) -> Tensor:
-            kept[k] = _Kept.of(way.pieces, arrived[chunks[k].order], chunks[k].counts, ctx.leaves, graph=keeps)
+            rows, counts = arrived[chunks[k].order], chunks[k].counts
+            kept[k] = _Kept.of(way.pieces, rows, counts, leaves[:weights], graph=graph and ctx.keeps)
             return chunks[k].unsorted(kept[k].result)
 
-        def compute(number: int) -> None:
-            results[number] = _computed(way.besides[number], ctx.beside[number], graph=keeps)
+        def beside(number: int) -> None:
+            own = _of_task(tasks, number, leaves[weights:])
+            results[number] = _computed(tasks[number][0], own, graph=graph and ctx.keeps)
 
-        fillers: deque[Callable[[], None]] = deque(partial(compute, number) for number in range(len(way.besides)))
+        fillers: deque[Callable[[], None]] = deque(partial(beside, number) for number in range(len(tasks)))
         y_ND = _travelled(x_ND, chunks, way.exchange, experts, range(len(chunks)), fillers)
-        if keeps:
-            ctx.chunks, ctx.kept, ctx.results = chunks, kept, results
-        elif any(ctx.needs_input_grad):
-            ctx.save_for_backward(_joined(chunks, {k: kept[k].rows[0] for k in kept}, x_ND))
-        return y_ND, *(results[number].detach() for number in range(len(way.besides)))
+        if graph and ctx.keeps:
+            ctx.chunks, ctx.leaves, ctx.kept, ctx.results = chunks, leaves, kept, results
+        elif graph:
+            ctx.save_for_backward(_joined(chunks, {k: kept[k].rows[0] for k in kept}, x_ND), *tensors)
+        return y_ND, *(results[number].detach() for number in range(len(tasks)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        way, sums = ctx.way, _Sums(ctx.leaves)
-        chunks = ctx.chunks if ctx.keeps else way.exchange.chunks(ctx.degree)
-        kept, results = (ctx.kept, ctx.results) if ctx.keeps else ({}, {})
-        # Read once: checkpointing of activations allows no more.
-        saved: tuple[Tensor, ...] = () if ctx.keeps else ctx.saved_tensors
+        way, tasks = ctx.way, ctx.tasks
+        saved: tuple[Tensor, ...] = ()
+        if ctx.keeps:
+            chunks, leaves, kept, results = ctx.chunks, ctx.leaves, ctx.kept, ctx.results
+        else:
+            # Read once: checkpointing of activations allows no more.
+            saved = ctx.saved_tensors
+            chunks, leaves, kept, results = way.exchange.chunks(way.degrees[1]), _leaves(saved[1:]), {}, {}
+        sums = _Sums(leaves[: ctx.weights])
         found: dict[int, list[Tensor | None]] = {}
 
         def experts(k: int, arrived: Tensor) -> Tensor:
             chunk = chunks[k]
             if k not in kept:
                 rows_MD = saved[0][chunk.arrived]
-                kept[k] = _Kept.of(way.pieces, rows_MD[chunk.order], chunk.counts, ctx.leaves, graph=True)
+                kept[k] = _Kept.of(way.pieces, rows_MD[chunk.order], chunk.counts, sums.weights, graph=True)
             gradient, later = _of_rows(way.pieces, kept.pop(k), arrived[chunk.order], sums)
             fillers.extend(later)
             return chunk.unsorted(gradient)
 
         def beside(number: int) -> None:
-            leaves = ctx.beside[number]
-            result = results.pop(number, None)
-            if result is None:
-                result = _computed(way.besides[number], leaves, graph=True)
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            of_wanted = iter(torch.autograd.grad(result, wanted, grads[1 + number], materialize_grads=True))
-            found[number] = [next(of_wanted) if leaf.requires_grad else None for leaf in leaves]
+            own = _of_task(tasks, number, leaves[ctx.weights :])
+            wanted = [leaf for leaf in own if leaf.requires_grad]
+            of_wanted: Iterator[Tensor] = iter(())
+            if wanted:
+                result = results.pop(number) if ctx.keeps else _computed(tasks[number][0], own, graph=True)
+                of_wanted = iter(torch.autograd.grad(result, wanted, grads[1 + number], materialize_grads=True))
+            found[number] = [next(of_wanted) if leaf.requires_grad else None for leaf in own]
 
-        fillers: deque[Callable[[], None]] = deque(partial(beside, number) for number in range(len(way.besides)))
+        fillers: deque[Callable[[], None]] = deque(partial(beside, number) for number in range(len(tasks)))
         order = reversed(range(len(chunks)))
         grad_x_ND = _travelled(grads[0], chunks, way.exchange, experts, order, fillers)
-        of_besides = [gradient for number in range(len(way.besides)) for gradient in found[number]]
-        return None, None, grad_x_ND, *sums.found, *of_besides
+        of_tasks = [gradient for number in range(len(tasks)) for gradient in found[number]]
+        return None, None, None, None, grad_x_ND, *sums.found, *of_tasks
 
 
-def _apart(way: Way, leaves: list[Tensor]) -> list[list[Tensor]]:
-    """The tensors of each thing that is computed beside."""
-    lengths = [len(beside.tensors) for beside in way.besides]
-    return [leaves[sum(lengths[:number]) : sum(lengths[: number + 1])] for number in range(len(lengths))]
+def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
 
 
-def _computed(beside: Beside, leaves: list[Tensor], *, graph: bool) -> Tensor:
+def _of_task(tasks: Sequence[tuple[Callable[..., Tensor], int]], number: int, leaves: list[Tensor]) -> list[Tensor]:
+    """The tensors of one thing that is computed beside."""
+    first = sum(length for _, length in tasks[:number])
+    return leaves[first : first + tasks[number][1]]
+
+
+def _computed(compute: Callable[..., Tensor], leaves: list[Tensor], *, graph: bool) -> Tensor:
     with torch.set_grad_enabled(graph), saved_tensors_hooks(_as_it_is, _as_it_is):
-        return beside.compute(*leaves)
+        return compute(*leaves)
 
 
 def _travelled(

@@ -50,7 +50,9 @@ class ForeignExperts:
         pieces = (Piece(self._computed, tuple(range(len(held)))),)
         y_MD = self.spread.mix(rows_ND[row_M], count_E, Held(pieces, held, [0] * len(held)))
         y_MD = y_MD * weight_NK.reshape(-1)[choice_M].unsqueeze(1)
-        return torch.zeros_like(rows_ND).index_add(0, row_M, y_MD.to(rows_ND.dtype)).view(x.shape)
+        y_ND = torch.zeros_like(rows_ND).index_add(0, row_M, y_MD.to(rows_ND.dtype))
+        # FSDP2 takes no views out of a module that code around it may change in place.
+        return y_ND if y_ND.shape == x.shape else y_ND.view(x.shape).clone()
 
     def _computed(self, rows_MD: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
         # Experts that nobody chose take part in backward like the others.

@@ -10,6 +10,7 @@ Legend: N rows sorted by position, Q positions of experts, W ranks, H hot expert
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainrt.events import ring
+from trainrt.parallel.collectives import group_name
 from trainrt.parallel.moe.exchange import Counts
 from trainrt.parallel.moe.layout import ExpertLayout
 
@@ -38,35 +41,44 @@ class Lend(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.places, ctx.here, ctx.group, ctx.shapes = places, here, group, [weight.shape for weight in held]
         lent = [weight.new_empty((len(places), len(weight) // here, *weight.shape[1:])) for weight in held]
-        started = []
-        for weight, out in zip(held, lent, strict=True):
-            by_expert = weight.unflatten(0, (here, -1))
-            for part, (rank, index) in zip(out.unbind(0), places, strict=True):
-                if rank == group.rank():
-                    part.copy_(by_expert[index])
-                started.append(dist.broadcast(part, group_src=rank, group=group, async_op=True))
-        for work in started:
-            work.wait()
+        with _recorded("broadcast", lent, group):
+            started = []
+            for weight, out in zip(held, lent, strict=True):
+                by_expert = weight.unflatten(0, (here, -1))
+                for part, (rank, index) in zip(out.unbind(0), places, strict=True):
+                    if rank == group.rank():
+                        part.copy_(by_expert[index])
+                    started.append(dist.broadcast(part, group_src=rank, group=group, async_op=True))
+            for work in started:
+                work.wait()
         return tuple(out.flatten(0, 1) for out in lent)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        parts, started = [], []
-        for gradient in grads:
-            parts.append(gradient.unflatten(0, (len(ctx.places), -1)).clone())
-            for part, (rank, _) in zip(parts[-1].unbind(0), ctx.places, strict=True):
-                started.append(dist.reduce(part, group_dst=rank, group=ctx.group, async_op=True))
-        for work in started:
-            work.wait()
+        # Summed in float32 at least.
+        kind = torch.promote_types(grads[0].dtype, torch.float32)
+        parts = [gradient.unflatten(0, (len(ctx.places), -1)).to(kind, copy=True) for gradient in grads]
+        with _recorded("reduce", parts, ctx.group):
+            started = [
+                dist.reduce(part, group_dst=rank, group=ctx.group, async_op=True)
+                for of_weight in parts for part, (rank, _) in zip(of_weight.unbind(0), ctx.places, strict=True)
+            ]  # fmt: skip
+            for work in started:
+                work.wait()
         found = []
         for part, shape in zip(parts, ctx.shapes, strict=True):
-            back = part.new_zeros(shape)
+            back = torch.zeros(shape, dtype=grads[0].dtype, device=part.device)
             by_expert = back.unflatten(0, (ctx.here, -1))
             for (rank, index), summed in zip(ctx.places, part, strict=True):
                 if rank == ctx.group.rank():
                     by_expert[index] = summed
             found.append(back)
         return None, None, None, *found
+
+
+def _recorded(name: str, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> AbstractContextManager[None]:
+    size = sum(tensor.nbytes for tensor in tensors)
+    return ring.span(name, kind="collective", bytes=size, group=group_name(group), waiting=True)
 
 
 def places_of(positions: Sequence[int], layout: ExpertLayout) -> list[tuple[int, int]]:

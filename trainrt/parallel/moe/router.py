@@ -108,7 +108,7 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.to(precise), self.weight.to(precise))
         if self.residual is not None:
             before_TE = torch.zeros_like(logits_TE) if before_TE is None else before_TE.view_as(logits_TE)
-            logits_TE = logits_TE + F.linear(before_TE, self.residual.to(precise))
+            logits_TE = logits_TE + F.linear(before_TE.to(precise), self.residual.to(precise))
         return logits_TE
 
     def _sorted(self, expert_N: Tensor, probability_N: Tensor) -> tuple[Tensor, Tensor]:

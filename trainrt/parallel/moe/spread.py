@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -105,8 +106,7 @@ class Spread:
         lent = Lend.apply(places_of(hot, self.layout), self.layout.here(ep.rank()), ep, *held.weights)
         stays = np.isin(np.arange(len(mine_E)), hot).repeat(mine_E)
         stay_N, go_N = (torch.from_numpy(np.flatnonzero(rows)).to(x_ND.device) for rows in (stays, ~stays))
-        counts = mine_E[hot].tolist()
-        here = Beside(lambda x_ND, *lent: through(held.pieces, x_ND, counts, lent), x_ND[stay_N], *lent)
+        here = Beside(partial(_through, held.pieces, mine_E[hot].tolist()), x_ND[stay_N], *lent)
         gone_ND = self._travelled(strategy, x_ND[go_N], rest_WE, replace(held, besides=[*held.besides, here]))
         assert here.result is not None
         return torch.zeros_like(x_ND).index_copy(0, go_N, gone_ND).index_copy(0, stay_N, here.result)
@@ -116,10 +116,10 @@ class Spread:
             count_WE, self.layout, self.groups, device=x_ND.device, r=strategy.r, hierarchical=strategy.hierarchical
         )
         degrees = strategy.degree, strategy.backward_degree
-        way = Way(exchange, held.pieces, degrees, self.recomputed, held.besides)
+        way = Way(exchange, held.pieces, degrees, self.recomputed)
         if exchange.source is None:
-            return way(x_ND, held.weights)
-        y_ND = way(x_ND[exchange.source], held.weights)
+            return way(x_ND, held.weights, held.besides)
+        y_ND = way(x_ND[exchange.source], held.weights, held.besides)
         return torch.zeros_like(x_ND).index_add(0, exchange.source, y_ND)
 
 
@@ -128,6 +128,10 @@ def through(pieces: Sequence[Piece], x_ND: Tensor, counts: list[int], weights: S
     for piece in pieces:
         x_ND = piece.compute(x_ND, counts, [weights[i] for i in piece.weights])
     return x_ND
+
+
+def _through(pieces: Sequence[Piece], counts: list[int], x_ND: Tensor, *weights: Tensor) -> Tensor:
+    return through(pieces, x_ND, counts, weights)
 
 
 def _gathered(held: Tensor, inner: int, layout: ExpertLayout, ep: dist.ProcessGroup) -> Tensor:

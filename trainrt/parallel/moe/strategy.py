@@ -9,7 +9,7 @@ from typing import Protocol
 
 from trainrt.config import JobConfig, MeshSize, MoeConfig
 from trainrt.errors import PlanError
-from trainrt.parallel.mesh import spans_hosts
+from trainrt.parallel.mesh import places_on_host
 from trainrt.parallel.moe.exchange import Counts
 from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.timing import Times
@@ -43,15 +43,21 @@ PLAIN = Strategy()
 
 @dataclass(frozen=True, slots=True)
 class Lattice:
-    """The strategies that a job allows: those of a layout and of the hosts that ep spans, less what the config fixes."""
+    """The strategies that a job allows: those of a layout, and of hosts with `places` of its ranks each, less what the config
+    fixes."""
 
     layout: ExpertLayout
-    hosts: bool
+    places: int
     config: MoeConfig
 
     @classmethod
     def of(cls, config: JobConfig, layout: ExpertLayout, size: MeshSize) -> Lattice:
-        return cls(layout, spans_hosts(size, config.cluster.workers_per_node), config.moe)
+        return cls(layout, places_on_host(size.ep, config.cluster.workers_per_node), config.moe)
+
+    @property
+    def hosts(self) -> bool:
+        """Whether there are several of them, with several ranks each."""
+        return 1 < self.places < self.layout.ranks
 
     def __iter__(self) -> Iterator[Strategy]:
         config = self.config
@@ -78,6 +84,11 @@ class Lattice:
             )
         if self.config.hot_experts not in ("auto", *range(layout.experts)):
             raise PlanError(f'moe.hot_experts = {self.config.hot_experts}; allowed: "auto", 0 to {layout.experts - 1}')
+        if self.config.hot_experts not in ("auto", 0) and layout.slices > 1:
+            raise PlanError(
+                f"moe.hot_experts = {self.config.hot_experts} with {layout.experts} experts cut into slices over "
+                f'parallel.ep = {layout.ranks}; allowed: "auto", 0'
+            )
         if self.config.all_to_all == "hierarchical" and not self.hosts:
             raise PlanError(
                 f'moe.all_to_all = "hierarchical" with parallel.ep = {layout.ranks}: it takes several hosts with several '

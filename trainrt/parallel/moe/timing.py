@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainrt.parallel.collectives import all_reduce
+
 
 class Stopwatch:
     """Seconds from `start` to `stop`, of what was asked of a device in between. On a GPU the host does not wait for it."""
@@ -58,7 +60,7 @@ class Times:
         if y.requires_grad and x.requires_grad:
 
             def begins(_: Tensor) -> None:
-                dist.all_reduce(torch.zeros(1, device=x.device), group=self.group)
+                all_reduce(torch.zeros(1, device=x.device), self.group)
                 backward.mark()
 
             def ends(_: Tensor) -> None:

@@ -31,14 +31,16 @@ ROOM = 16
 FEWEST, MOST = 3, 10
 """Times of a candidate before it may lose or win, and after which the faster one wins in any case."""
 CONFIDENCE = 0.95
-PAPER_DEGREES = 4
-"""Tutel tries each of 4 degrees with each all-to-all (section 3.3)."""
+PAPER_WAYS = 8
+"""Tutel tries each of 4 degrees with each of 2 all-to-alls (section 3.3), for each r."""
 SHARE_OF_TRIALS = 0.25
 DRIFT, WINDOW = 1.3, 8
 """The median of so many times is larger or smaller by this factor than when the strategy was chosen: it is tried again."""
+EVERY = 4
+"""Where all buckets have their strategies, one step of so many is timed."""
 WORTH = 0.9
 """A strategy that was not tried is worth it where it is predicted to take this share of the chosen one's time."""
-FEWEST_TO_FIT, GROWTH = 4, 1.25
+FEWEST_TO_FIT, GROWTH = 2, 1.25
 """Pairs of bucket and strategy that were measured before rates are fitted, and by what factor more before they are again."""
 COLUMNS = 6
 HISTORY = 64
@@ -104,11 +106,12 @@ class Tuner:
         if choice is None:
             entry = self.entries.get(key)
             strategy = entry.current if entry is not None else self._best(key)[0]
-            choice = Choice(strategy, Times(self.group) if len(self._step) < ROOM else None)
+            timed = entry is None or entry.chosen is None or self._version % EVERY == 0
+            choice = Choice(strategy, Times(self.group) if timed and len(self._step) < ROOM else None)
+            if not torch.is_grad_enabled():
+                # An evaluation: forward alone.
+                return Choice(strategy)
             self._step[key] = choice
-        if not torch.is_grad_enabled():
-            # An evaluation: forward alone.
-            return Choice(choice.strategy)
         entry = self.entries.get(key)
         self.calls[choice.strategy, "new" if entry is None else entry.reason] += 1
         return choice
@@ -147,7 +150,10 @@ class Tuner:
                 at = (int(first), int(second)), int(index)
                 known = found.get(at, (0.0, 0.0))
                 found[at] = max(known[0], forward), max(known[1], backward)
-        self.last, self.calls = self.calls, Counter()
+        # Under checkpointing of activations each call comes twice.
+        times = 2 if self.recomputed else 1
+        self.last = Counter({said: calls // times for said, calls in self.calls.items()})
+        self.calls.clear()
         for (key, index), seconds in sorted(found.items()):
             strategy = self.strategies[index]
             entry = self.entries.get(key)
@@ -165,16 +171,21 @@ class Tuner:
         self._version += 1
 
     def _candidates(self, key: Key) -> list[Strategy]:
-        """The one that is predicted to be fastest; of the first buckets, from which rates are learned, the next one too."""
-        first = not self._fitted_at and len(self.entries) < FEWEST_TO_FIT / 2 and self._allowance(1) > 1
-        return self._best(key)[: 2 if first else 1]
+        """The one that is predicted to be fastest. For the first bucket of all a very different one, too, to learn rates from."""
+        best, *others = self._best(key)
+        if self._fitted_at or self.entries or not others or self._allowance(1) < 2:
+            return [best]
+        return [best, max(others, key=lambda s: (abs(math.log2(s.degree / best.degree)), s.r == best.r, -s.hot, s))]
+
+    @property
+    def _paper_trials(self) -> int:
+        """Strategies that Tutel tries for a bucket."""
+        return len({s.r for s in self.strategies}) * PAPER_WAYS
 
     def _allowance(self, new: int) -> int:
         """How many strategies may still be tried, with so many new buckets."""
-        ways = len({s.hierarchical for s in self.strategies})
-        paper = len({s.r for s in self.strategies}) * PAPER_DEGREES * ways
         spent = sum(max(len(entry.tried), len(entry.candidates)) for entry in self.entries.values())
-        return math.floor(SHARE_OF_TRIALS * paper * (len(self.entries) + new)) - spent
+        return math.floor(SHARE_OF_TRIALS * self._paper_trials * (len(self.entries) + new)) - spent
 
     def _compare(self, entry: Entry) -> None:
         """Drop candidates that are slower with confidence; choose the last."""
@@ -195,15 +206,17 @@ class Tuner:
         entry.recent = [*entry.recent, seconds][-WINDOW:]
         drift = median(entry.recent) / entry.usual
         if len(entry.recent) == WINDOW and not 1 / DRIFT < drift < DRIFT:
-            other = next((s for s in self._best(key) if s != entry.chosen), None)
-            self._reopen(key, other, f"drifted by a factor of {drift:.2f}")
+            others = [s for s in self._best(key) if s != entry.chosen]
+            if self._allowance(0) < 1:
+                others = [s for s in others if s in entry.tried]
+            self._reopen(key, others[:1], f"drifted by a factor of {drift:.2f}")
 
-    def _reopen(self, key: Key, other: Strategy | None, why: str) -> None:
-        """Compare what was chosen with another one."""
+    def _reopen(self, key: Key, others: Sequence[Strategy], why: str) -> None:
+        """Compare what was chosen with others."""
         entry = self.entries[key]
         known = [entry.chosen] if entry.chosen is not None else entry.candidates
-        entry.candidates = [*known, *([other] if other is not None and other not in known else [])]
-        entry.samples, entry.chosen, entry.why, entry.recent = {}, None, why, []
+        entry.candidates = [*known, *(s for s in others if s not in known)]
+        entry.samples, entry.chosen, entry.why, entry.recent, entry.confidence = {}, None, why, [], 0.0
 
     def _refine(self) -> None:
         """Fit the rates to what was measured, and try what they say is better than what was chosen, most promising first."""
@@ -222,7 +235,7 @@ class Tuner:
                 promising.append((share, key, best))
         for _, key, best in sorted(promising):
             if self._allowance(0) >= 1:
-                self._reopen(key, best, "another one is predicted to be faster")
+                self._reopen(key, [best], "another one is predicted to be faster")
 
     def observations(self) -> list[Observation]:
         """The medians of what was measured, of the newest buckets and strategies."""
@@ -234,9 +247,7 @@ class Tuner:
     @property
     def trials(self) -> tuple[int, int]:
         """Strategies tried, over all buckets, and those that trying each degree with each r and all-to-all would have taken."""
-        ways = len({s.hierarchical for s in self.strategies})
-        paper = len({s.r for s in self.strategies}) * PAPER_DEGREES * ways
-        return sum(len(entry.tried) for entry in self.entries.values()), paper * len(self.entries)
+        return sum(len(entry.tried) for entry in self.entries.values()), self._paper_trials * len(self.entries)
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary, the rates and what they were fitted to."""

@@ -13,7 +13,7 @@ from trainrt.config import JobConfig, MeshSize
 from trainrt.events import ring
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.layout import ITEM_BYTES
-from trainrt.parallel.mesh import Groups, make_expert_groups
+from trainrt.parallel.mesh import Groups, make_expert_groups, places_on_host
 from trainrt.parallel.moe.cost import Rates, Sizes, predict
 from trainrt.parallel.moe.experts import layout_of
 from trainrt.parallel.moe.form import ListedExperts
@@ -36,16 +36,17 @@ def spread_mixtures(
     layouts = [layout_of(model.get_submodule(name), form, plan.mesh.ep) for name, form in stacked.items()]
     widths = sorted({layout.slices // r for layout in layouts for r in layout.choices if r})
     mesh = groups.experts["ep"]
-    between = make_expert_groups(plan.mesh, mesh, widths=widths, places=config.cluster.workers_per_node)
+    places = places_on_host(plan.mesh.ep, config.cluster.workers_per_node)
+    between = make_expert_groups(plan.mesh, mesh, widths=widths, places=places)
     tuners: dict[Sizes, Tuner] = {}
 
     def chooser(module: nn.Module, layout: ExpertLayout) -> Chooser:
-        sizes = _sizes(module, layout, config, hidden_size_of(config, model))
-        open_ways = list(Lattice.of(config, layout, plan.mesh))
+        sizes = _sizes(module, layout, places, config, hidden_size_of(config, model))
+        open_ways = list(Lattice(layout, places, config.moe))
         if len(open_ways) == 1:
             return Fixed(open_ways[0])
         if config.run.deterministic:
-            return Fixed(_usual(open_ways, sizes, config, plan.mesh))
+            return Fixed(_usual(replace(sizes, places=1), config, plan.mesh))
         if sizes not in tuners:
             tuners[sizes] = Tuner(
                 open_ways, sizes, _rates_of_all(groups.device), between.ep,
@@ -83,26 +84,20 @@ def said(tuners: list[Tuner]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _sizes(module: nn.Module, layout: ExpertLayout, config: JobConfig, width: int) -> Sizes:
+def _sizes(module: nn.Module, layout: ExpertLayout, places: int, config: JobConfig, width: int) -> Sizes:
     """Of a module whose weights are whole still. A row's operations are two for each weight of its expert."""
     elements = sum(parameter.numel() for parameter in module.parameters()) // layout.experts
     item = ITEM_BYTES[config.model.dtype]
-    places = config.cluster.workers_per_node
-    return Sizes(
-        replace(layout, order=None),
-        places if layout.ranks % places == 0 else 1,
-        width * item,
-        elements * item,
-        2.0 * elements,
-    )
+    return Sizes(replace(layout, order=None), places, width * item, elements * item, 2.0 * elements)
 
 
-def _usual(strategies: list[Strategy], sizes: Sizes, config: JobConfig, size: MeshSize) -> Strategy:
-    """The strategy that is predicted to be fastest for an even load, from what is known of the kind of device: the same in
-    every incarnation of a job."""
+def _usual(sizes: Sizes, config: JobConfig, size: MeshSize) -> Strategy:
+    """The strategy that is predicted to be fastest for an even load, from what is known of the kind of device: the same in every
+    incarnation of a job, over whatever hosts its ranks are spread."""
+    way = "linear" if config.moe.all_to_all == "auto" else config.moe.all_to_all
+    strategies = Lattice(sizes.layout, sizes.places, config.moe.model_copy(update={"all_to_all": way}))
     rates = Rates.of(device_of("cpu" if config.cluster.device == "cpu" or not torch.cuda.is_available() else "h100"))
-    rows = config.data.microbatch * config.data.sequence_length * config.moe.top_k // size.tp
-    key = sizes.even(rows)
+    key = sizes.even(config.data.microbatch * config.data.sequence_length * config.moe.top_k // size.tp)
     return min(strategies, key=lambda s: (sum(predict(key, s, sizes, rates, recomputed=False)), s))
 
 
