@@ -14,6 +14,7 @@ from tests.launch.runs import alive
 from trainrt.launch.guard import descendants
 
 
+@pytest.mark.campaign
 def test_more_nodes_than_parity_without_a_checkpoint_are_a_loud_stop(tmp_path: Path) -> None:
     run = FaultyRun(tmp_path, nodes=2, spares=1, m=1)
     run.launch()

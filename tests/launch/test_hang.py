@@ -192,6 +192,7 @@ def test_a_stopped_store_is_no_hang_of_the_workers(run: Hung) -> None:
     assert run.pids("worker") == workers and run.pids("store")["n0", None] != store
 
 
+@pytest.mark.campaign
 def test_the_same_hang_at_the_same_step_stops_the_job(run: Hung) -> None:
     incident = run.order("always-1")
     assert (incident["kind"], incident["ranks"], incident["action"]) == ("worker_hang", [1], "stop")

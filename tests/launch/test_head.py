@@ -23,6 +23,7 @@ def kill_head(port: int) -> None:
     os.kill(server, signal.SIGKILL)
 
 
+@pytest.mark.campaign
 def test_an_embedded_cluster_is_started_anew_and_no_step_is_lost(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.toml", run={"steps": 150}, checkpoint={"every": 0})
     run = Run(tmp_path / "run", job).launch()

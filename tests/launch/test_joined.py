@@ -65,6 +65,7 @@ def job(tmp_path: Path) -> Path:
     return write_job(folder / "job.toml", run={"pipeline": "my_module:pipeline", "steps": 400})
 
 
+@pytest.mark.campaign
 def test_the_users_module_travels_and_its_exception_is_told_once(address: str, job: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", job, "--address", address).launch()
     try:
@@ -88,6 +89,7 @@ def test_the_users_module_travels_and_its_exception_is_told_once(address: str, j
     assert run.leftovers() == []
 
 
+@pytest.mark.campaign
 def test_a_detached_run_is_watched_and_stopped_and_gives_its_nodes_back(
     address: str, job: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_detached_run_is_watched_and_stopped_and_gives_its_nodes_back(
     assert run.leftovers() == []
 
 
+@pytest.mark.campaign
 def test_stop_ends_what_a_dead_driver_left(address: str, job: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", job, "--address", address).launch()
     try:

@@ -96,6 +96,7 @@ def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) 
     assert code == 2 and "optimizer.learning_rate" in output and "--force" in output, output
 
 
+@pytest.mark.campaign
 def test_a_launch_again_places_experts_by_what_was_counted(tmp_path: Path) -> None:
     """Experts move through the checkpoint of step 10; what is learned is what it would be without."""
 
@@ -214,6 +215,7 @@ def test_a_users_exception_is_told_once_and_stops_the_job(tmp_path: Path) -> Non
         validate("incident", incident)
 
 
+@pytest.mark.campaign
 def test_an_infinite_loss_is_skipped_if_the_job_says_so(tmp_path: Path) -> None:
     explosive = {"learning_rate": 1e30, "clip": 0.0, "warmup_steps": 0, "non_finite": "skip"}
     run_dir = RunDir(tmp_path / "run")
@@ -224,6 +226,7 @@ def test_an_infinite_loss_is_skipped_if_the_job_says_so(tmp_path: Path) -> None:
         validate("metrics", line)
 
 
+@pytest.mark.campaign
 def test_a_port_in_use_is_left_for_the_next_free_one(tmp_path: Path) -> None:
     import socket
 
@@ -238,6 +241,7 @@ def test_a_port_in_use_is_left_for_the_next_free_one(tmp_path: Path) -> None:
         assert refused.returncode == 2 and f"--port {port}" in refused.stderr
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small /dev/shm of one's own needs root")
 def test_no_room_in_shared_memory_costs_snapshots_and_not_the_run(tmp_path: Path) -> None:
     """In a mount namespace whose /dev/shm holds the first snapshot of each rank but not the second."""
@@ -253,6 +257,7 @@ def test_no_room_in_shared_memory_costs_snapshots_and_not_the_run(tmp_path: Path
     assert verify(run_dir.checkpoint(8))["ok"]
 
 
+@pytest.mark.campaign
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of one's own needs root")
 def test_no_room_for_checkpoints_is_said_and_training_goes_on_to_its_end(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path / "run")

@@ -228,6 +228,7 @@ def test_anomalies_are_rolled_back_and_the_end_is_the_same_bit_for_bit(folder: P
         plain.end()
 
 
+@pytest.mark.campaign
 def test_what_was_kept_since_the_last_comparison_is_not_believed_and_the_same_nan_again_stops(folder: Path) -> None:
     write_doubtful(folder, every=10)
     run = Doubted(folder / "run", folder / "job.toml").launch()
