@@ -8,7 +8,8 @@ from trainrt.parallel.moe.strategy import PLAIN, Strategy
 
 
 def spread(
-    model: nn.Module, name: str, ranks: int, strategy: Strategy = PLAIN, order: tuple[int, ...] | None = None, places: int = 1
+    model: nn.Module, name: str, ranks: int, strategy: Strategy = PLAIN, order: tuple[int, ...] | None = None, places: int = 1,
+    recomputed: bool = False,
 ) -> None:  # fmt: skip
     """Leave this rank its part of the experts `name`, which are computed by one strategy. places: ranks that a host has."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -22,4 +23,12 @@ def spread(
     widths = [width for width in range(1, ranks + 1) if ranks % width == 0]
     groups = make_expert_groups(MeshSize(fsdp=ranks, ep=ranks), mesh, widths=widths, places=places)
     orders = {} if order is None else {name: order}
-    spread_experts(model, {name: None}, mesh, groups, chooser=lambda module, layout: Fixed(strategy), orders=orders)
+    spread_experts(
+        model,
+        {name: None},
+        mesh,
+        groups,
+        chooser=lambda module, layout: Fixed(strategy),
+        orders=orders,
+        recomputed=recomputed,
+    )

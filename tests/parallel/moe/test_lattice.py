@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import cycle, product
 
+import pytest
 import torch
 
 from tests.parallel.moe.spreading import spread
@@ -93,3 +94,42 @@ def test_the_layer_over_ranks_is_the_layer_of_one_process() -> None:
 def test_a_gradient_that_is_scaled_is_noticed() -> None:
     """Negative control: experts' gradients off by the number of ranks, as they would be if they were averaged."""
     assert any(worst > 0.1 for _, worst in run_ranks(RANKS, worst_error, 1.0 / RANKS))
+
+
+def alive(rank: int, shared: int, hot: int, recomputed: bool) -> tuple[bool, int]:
+    """Whether the tokens of a finished step are still there though nobody has them; and bytes kept between the passes."""
+    import gc
+    import weakref
+
+    from torch.autograd.graph import saved_tensors_hooks
+
+    config = MoeConfig(experts=4, top_k=2, shared_experts=shared)
+    layer = made(config, False)
+    spread(layer, "experts", 2, Strategy(1, 2, 2, hot=hot), recomputed=recomputed)
+    gc.collect()
+    gc.disable()
+    x = tokens(rank).requires_grad_()
+    watched = weakref.ref(x)
+    # What checkpointing of activations drops.
+    with saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+        y = layer(x)[0]
+    graph, kept = [y.grad_fn], 0
+    seen = set()
+    while graph:
+        node = graph.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        graph += [parent for parent, _ in node.next_functions]
+        for held in (getattr(node, "leaves", ()), getattr(node, "results", {}).values()):
+            kept += sum(tensor.nbytes for tensor in held)
+    del x, y, node, graph, seen
+    return watched() is not None, kept
+
+
+@pytest.mark.parametrize(("shared", "hot"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_a_step_leaves_nothing_behind_and_checkpointing_keeps_nothing(shared: int, hot: int) -> None:
+    """Without the collector of circles; a GPU's memory does not wake it."""
+    assert run_ranks(2, alive, shared, hot, True) == [(False, 0)] * 2
+    (circle, kept), _ = run_ranks(2, alive, shared, hot, False)
+    assert not circle and kept > 0, "negative control: else what experts computed is kept"
