@@ -105,19 +105,36 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def config(family: str, *, attention: str = "eager") -> Any:
+EXPERTS_SAID = {
+    "mixtral": "num_local_experts", "qwen3_moe": "num_experts", "olmoe": "num_experts", "deepseek_v2": "n_routed_experts",
+    "deepseek_v3": "n_routed_experts", "gpt_oss": "num_local_experts", "dbrx": "ffn_config.moe_num_experts",
+}  # fmt: skip
+"""Where the configuration of a mixture has its number of experts."""
+
+
+def with_experts(family: str, experts: int) -> dict[str, Any]:
+    """The values of a mixture's configuration, with another number of experts."""
+    values = dict(FAMILIES[family].values)
+    section, _, key = EXPERTS_SAID[family].rpartition(".")
+    return values | ({section: values[section] | {key: experts}} if section else {key: experts})
+
+
+def config(family: str, *, attention: str = "eager", experts: int | None = None) -> Any:
     """The configuration of a family; the same special tokens for all that have any."""
     spec = FAMILIES[family]
+    values = spec.values if experts is None else with_experts(family, experts)
     words = {} if family == "vit" else {"vocab_size": TOKENS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    made = getattr(transformers, spec.config)(**{**words, **spec.values})
+    made = getattr(transformers, spec.config)(**{**words, **values})
     made._attn_implementation = attention
     return made
 
 
 @torch.no_grad()
-def model(family: str, *, attention: str = "eager", seed: int = 0) -> Any:
+def model(family: str, *, attention: str = "eager", seed: int = 0, experts: int | None = None) -> Any:
     """A model of the family in torch's default dtype, in evaluation mode, every parameter drawn anew (in float32)."""
-    made = getattr(transformers, FAMILIES[family].model).from_config(config(family, attention=attention))
+    made = getattr(transformers, FAMILIES[family].model).from_config(
+        config(family, attention=attention, experts=experts)
+    )
     made = made.to(torch.get_default_dtype()).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():

@@ -16,8 +16,9 @@ from tests.parallel.architectures import FAMILIES, batch, loss, model
 from tests.ranks import run_ranks
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.exchange import Chunk
+from trainrt.parallel.moe.spread import Spread
 from trainrt.parallel.moe.strategy import PLAIN, Strategy
-from trainrt.parallel.planner.probe import Blueprint, hollow
+from trainrt.parallel.planner.probe import Blueprint, hollow, source_of
 from trainrt.parallel.sharded.owners import Owners, Split
 from trainrt.parallel.sharded.tensor import Axis
 from trainrt.parallel.verify import Verdict
@@ -29,19 +30,21 @@ SHORT = ["qwen3", "falcon_mqa", "t5", "deepseek_v2", "gpt_oss", "mamba"]
 STRATEGIES = [PLAIN, Strategy(r=0), Strategy(1, 2, 4), Strategy(1, 2, 2)]
 MIXTURES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx"]
 SPREAD = [(family, strategy) for family in MIXTURES for strategy in STRATEGIES]
+SLICED = [(family, strategy) for family in MIXTURES for strategy in (*STRATEGIES, Strategy(2), Strategy(2, 2, 4))]
+FEW_SLICED = [("mixtral", PLAIN), ("gpt_oss", Strategy(2, 2, 4)), ("gpt_oss", Strategy(r=0)), ("dbrx", Strategy(2))]
 FEW = [("mixtral", STRATEGIES[0]), ("mixtral", STRATEGIES[1]), ("gpt_oss", STRATEGIES[2]), ("dbrx", STRATEGIES[0])]
 
 
-def blueprint(family: str) -> Blueprint:
+def blueprint(family: str, experts: int | None = None) -> Blueprint:
     """A family's model as the planner takes it. Grouped products have no kernel for doubles."""
 
     def make() -> torch.nn.Module:
         with hollow():
-            made = model(family)
+            made = model(family, experts=experts)
         made.config._experts_implementation = "eager"
         return made
 
-    return Blueprint(make, lambda made: loss(family, made, batch(family)), lambda: family)
+    return Blueprint(make, lambda made: loss(family, made, batch(family)), lambda: source_of(make()))
 
 
 def split(rank: int, family: str, ranks: int, spoil: str = "") -> Verdict:
@@ -61,21 +64,25 @@ def split(rank: int, family: str, ranks: int, spoil: str = "") -> Verdict:
     return compare_split(plan, sharding, init_device_mesh("cpu", (ranks,)))
 
 
-def spread(rank: int, family: str, strategy: Strategy = PLAIN, spoil: bool = False) -> tuple[Verdict, float]:
+def spread(
+    rank: int, family: str, strategy: Strategy = PLAIN, spoil: str = "", ranks: int = 2, experts: int | None = None
+) -> tuple[Verdict, float]:  # fmt: skip
     """The verdict, and the share of the model that is experts."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from trainrt.parallel.planner.experts import experts_of, find_experts
     from trainrt.parallel.verify import compare_experts
 
-    if spoil:
+    if spoil == "order":
         Chunk.unsorted = lambda self, y: y  # type: ignore[method-assign]
-    plan = blueprint(family)
+    if spoil == "bias":
+        Spread._some_slices = lambda self, name, held, r: held  # type: ignore[method-assign]
+    plan = blueprint(family, experts)
     forms = find_experts(plan)
     made = plan.make()
-    experts = sum(p.numel() for name in experts_of(made, forms) for p in made.get_submodule(name).parameters())
-    share = experts / sum(p.numel() for p in made.parameters())
-    return compare_experts(plan, forms, init_device_mesh("cpu", (2,)), strategy), share
+    elements = sum(p.numel() for name in experts_of(made, forms) for p in made.get_submodule(name).parameters())
+    share = elements / sum(p.numel() for p in made.parameters())
+    return compare_experts(plan, forms, init_device_mesh("cpu", (ranks,)), strategy), share
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.campaign)])
@@ -93,9 +100,23 @@ def test_experts_of_any_mixture_are_spread(case: tuple[str, Strategy]) -> None:
     assert verdict.held == pytest.approx(1 - share / 2) and share > 0.2
 
 
+@pytest.mark.parametrize("case", cases(SLICED, FEW_SLICED), ids=lambda case: f"{case[0]}: {case[1]}")
+def test_experts_of_any_mixture_are_cut(case: tuple[str, Strategy]) -> None:
+    """Two experts on four ranks. What is not cut, a bias after the last product, is on both ranks of its expert."""
+    family, strategy = case
+    verdict, share = run_ranks(4, spread, family, strategy, "", 4, 2)[0]
+    assert verdict.right and verdict.gradient_error < 1e-12, verdict
+    assert verdict.held == pytest.approx(1 - share * 3 / 4, abs=0.01)
+
+
+def test_a_bias_that_is_added_by_every_slice_is_noticed() -> None:
+    """Negative control: as though it were cut like the rest."""
+    assert not run_ranks(4, spread, "gpt_oss", Strategy(2), "bias", 4, 2)[0][0].right
+
+
 def test_rows_that_come_back_in_another_order_are_noticed() -> None:
     """Negative control for the exchange."""
-    assert not run_ranks(2, spread, "mixtral", PLAIN, True)[0][0].right
+    assert not run_ranks(2, spread, "mixtral", PLAIN, "order")[0][0].right
 
 
 def test_a_plan_that_does_not_fit_is_slow_and_not_wrong() -> None:

@@ -17,13 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from trainrt.config import MeshSize
 from trainrt.parallel.mesh import make_expert_groups
-from trainrt.parallel.moe.experts import layout_of, local
+from trainrt.parallel.moe.experts import layout_of, local, slices_of
 from trainrt.parallel.moe.form import Form, ListedExperts
+from trainrt.parallel.moe.layout import WHOLE, ExpertLayout
 from trainrt.parallel.moe.parallel import share_of, spread_experts
 from trainrt.parallel.moe.strategy import PLAIN, Fixed, Strategy
 from trainrt.parallel.planner.experts import experts_of
 from trainrt.parallel.planner.probe import Blueprint, small_model
 from trainrt.parallel.planner.sharding import Sharding
+from trainrt.parallel.planner.slices import with_slices
 from trainrt.parallel.sharded.model import full, shard_model
 from trainrt.parallel.verdict import NOTHING, Verdict
 
@@ -57,25 +59,30 @@ def compare_experts(
     """
 
     def divide(model: nn.Module) -> Divided:
-        modules = experts_of(model, forms)
+        modules = with_slices(model, experts_of(model, forms), blueprint, mesh.size())
         layouts = {name: layout_of(model.get_submodule(name), form, mesh.size()) for name, form in modules.items()}
         whole = [name for name, form in modules.items() if placed and form is None and layouts[name].slices == 1]
         orders = {name: tuple(reversed(range(layouts[name].experts))) for name in whole}
         layouts |= {name: replace(layouts[name], order=order) for name, order in orders.items()}
-        widths = sorted({layout.slices for layout in layouts.values()})
+        widths = sorted({width for layout in layouts.values() for width in layout.widths})
+
+        def of_layout(_: nn.Module, layout: ExpertLayout) -> Fixed:
+            return Fixed(replace(strategy, r=min(strategy.r, layout.slices)))
+
         world = MeshSize(fsdp=mesh.size(), ep=mesh.size())
         groups = make_expert_groups(world, mesh, widths=widths, places=1)
-        spread_experts(model, modules, mesh, groups, chooser=lambda *_: Fixed(strategy), orders=orders)
+        spread_experts(model, modules, mesh, groups, chooser=of_layout, orders=orders)
         place = mesh.get_local_rank()
         parts: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, form in modules.items():
             module, layout = model.get_submodule(name), layouts[name]
+            slices = WHOLE if isinstance(form, ListedExperts) else slices_of(module, form, layout)
             for leaf, _ in module.named_parameters():
                 if isinstance(form, ListedExperts):
                     mine = layout.owner(int(leaf.partition(".")[0])) == place
                     parts[f"{name}.{leaf}"] = partial(_all_or_nothing, mine)
                 else:
-                    parts[f"{name}.{leaf}"] = partial(share_of, module, leaf, layout=layout, rank=place)
+                    parts[f"{name}.{leaf}"] = partial(share_of, layout=layout, rank=place, sliced=slices.get(leaf))
         return Divided({}, parts, float(mesh.size()))
 
     return _compare(blueprint, divide, mesh)

@@ -89,7 +89,7 @@ def lattice(
     from trainrt.config import MeshSize
     from trainrt.parallel.mesh import make_expert_groups
     from trainrt.parallel.moe import exchange
-    from trainrt.parallel.moe.experts import Experts
+    from trainrt.parallel.moe.experts import Experts, slices_of
     from trainrt.parallel.moe.parallel import share_of, spread_experts
     from trainrt.parallel.moe.strategy import Fixed
 
@@ -114,7 +114,8 @@ def lattice(
         expected = list(known[experts, rows])
         layout = ExpertLayout(experts, ranks)
         expected[2:] = [
-            share_of(dense, leaf, g, layout, rank) for leaf, g in zip(Experts.INNER, expected[2:], strict=True)
+            share_of(g, layout, rank, slices_of(dense, None, layout).get(leaf))
+            for leaf, g in zip(Experts.INNER, expected[2:], strict=True)
         ]
         holder = torch.nn.ModuleDict({"experts": dense})
         dense.zero_grad()

@@ -62,7 +62,7 @@ def found(layer: MoeLayer, rank: int) -> list[torch.Tensor]:
 
 
 def worst_error(rank: int, scale: float = 1.0) -> tuple[int, float]:
-    from trainrt.parallel.moe.experts import Experts
+    from trainrt.parallel.moe.experts import Experts, slices_of
     from trainrt.parallel.moe.parallel import share_of
 
     number, worst = 0, 0.0
@@ -72,12 +72,13 @@ def worst_error(rank: int, scale: float = 1.0) -> tuple[int, float]:
         expected = found(layer, rank)
         sums = [found(layer, other)[2:] for other in range(RANKS)]
         layout = ExpertLayout(config.experts, RANKS)
+        slices = slices_of(layer.get_submodule("experts"), None, layout)
         for index, (name, _) in enumerate(layer.named_parameters()):
             # Routers are of a rank's own tokens, experts of all that come to them.
             if name.startswith("experts."):
                 leaf = name.removeprefix("experts.")
                 whole = torch.stack([gradients[index] for gradients in sums]).sum(0) * scale
-                expected[2 + index] = share_of(layer.get_submodule("experts"), leaf, whole, layout, rank)
+                expected[2 + index] = share_of(whole, layout, rank, slices.get(leaf))
         assert isinstance(layer.experts, Experts)
         spread(layer, "experts", RANKS, strategy, places=2)
         for got, wanted in zip(found(layer, rank), expected, strict=True):

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.feed_forward import gated, projected
 from trainrt.parallel.moe.flex import Beside, Piece
-from trainrt.parallel.moe.form import Form
-from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.form import ExpertsForm, Form
+from trainrt.parallel.moe.layout import WHOLE, ExpertLayout, Sliced, Slices
 from trainrt.parallel.moe.spread import Held, Spread, through
 
 
@@ -44,7 +44,7 @@ class Experts(nn.Module):
         weights = [local(getattr(self, name)) for name in self.INNER]
         if self.spread is None:
             return through(SWIGLU, x_ND, count_E.tolist(), weights)
-        return self.spread.mix(x_ND, count_E, Held(SWIGLU, weights, tuple(self.INNER.values()), besides))
+        return self.spread.mix(x_ND, count_E, Held(SWIGLU, weights, tuple(self.INNER), besides))
 
 
 SWIGLU = (Piece(gated, (0, 1)), Piece(projected, (2,)))
@@ -61,6 +61,23 @@ def layout_of(
         return ExpertLayout(form.experts, ranks)
     assert isinstance(module, Experts)
     return ExpertLayout(module.number, ranks, order)
+
+
+def slices_of(module: nn.Module, form: Form | None, layout: ExpertLayout) -> Slices:
+    """How the whole weights of a module of experts are cut. Raises PlanError where that is not possible."""
+    if layout.slices == 1:
+        return WHOLE
+    if isinstance(form, ExpertsForm):
+        return form.slices
+    assert isinstance(module, Experts)
+    width = module.gate_proj.shape[1]
+    if width % layout.slices:
+        raise PlanError(
+            f"parallel.ep = {layout.ranks} cuts each of {layout.experts} experts into {layout.slices} slices, which do not "
+            f"divide its inner width {width}"
+        )
+    runs = tuple((layout.inner_run(rank, width),) for rank in range(layout.slices))
+    return {leaf: Sliced(dim, runs) for leaf, dim in Experts.INNER.items()}
 
 
 def local(parameter: Tensor) -> Tensor:

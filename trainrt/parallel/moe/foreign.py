@@ -22,17 +22,20 @@ from trainrt.parallel.shown import local_part, show
 class ForeignExperts:
     """The module's function of the same arguments, computed by its own code wherever rows meet weights.
 
-    While it computes, its parameters are those that it was given, and what it calls its number of experts is theirs.
+    While it computes, its parameters are those that it was given, and what it calls its number of experts, and their inner
+    width, is theirs.
     """
 
     def __init__(self, module: nn.Module, form: ExpertsForm, spread: Spread) -> None:
         self.form, self.spread = form, spread
         self.compute = module.forward
         self.signature = inspect.signature(module.forward)
+        self.names = [name for name, _ in module.named_parameters()]
         self.leaves = [
-            (owner, leaf) for owner in module.modules() for leaf, _ in list(owner.named_parameters(recurse=False))
+            (module.get_submodule(inside), leaf) for inside, _, leaf in (n.rpartition(".") for n in self.names)
         ]
         self.numbers = _numbers(module, form.experts)
+        self.widths = _widths(module, form)
         self.given: dict[int, Tensor] = {}
         self.weight_dtype = torch.float32
         for index, (owner, leaf) in enumerate(self.leaves):
@@ -48,7 +51,7 @@ class ForeignExperts:
         count_E = torch.bincount(expert_M, minlength=form.experts)
         held = [getattr(owner, leaf) for owner, leaf in self.leaves]
         pieces = (Piece(self._computed, tuple(range(len(held)))),)
-        y_MD = self.spread.mix(rows_ND[row_M], count_E, Held(pieces, held, [0] * len(held)))
+        y_MD = self.spread.mix(rows_ND[row_M], count_E, Held(pieces, held, self.names))
         y_MD = y_MD * weight_NK.reshape(-1)[choice_M].unsqueeze(1)
         y_ND = torch.zeros_like(rows_ND).index_add(0, row_M, y_MD.to(rows_ND.dtype))
         # FSDP2 takes no views out of a module that code around it may change in place.
@@ -66,12 +69,19 @@ class ForeignExperts:
         self.given = dict(enumerate(weights))
         for owner, key in self.numbers:
             setattr(owner, key, len(counts))
+        for owner, key, whole in self.widths:
+            setattr(owner, key, whole * self._slices(weights, len(counts)) // self.spread.layout.slices)
         try:
             names = self.form.rows, self.form.index, self.form.weight
             found = self.compute(**dict(zip(names, (rows_MD, expert_M.unsqueeze(1), ones_M1), strict=True)))
         finally:
             self.given = {}
         return found.reshape(rows_MD.shape).to(rows_MD.dtype) + nothing
+
+    def _slices(self, weights: Sequence[Tensor], experts: int) -> int:
+        """How many slices of each expert weights are."""
+        index, sliced = next((i, s) for i, name in enumerate(self.names) if (s := self.form.slices.get(name)))
+        return weights[index].shape[sliced.dim] // (sliced.width * (1 if sliced.dim else experts))
 
     def _seen(self, index: int, stored: Tensor) -> Tensor:
         given = self.given.get(index)
@@ -85,4 +95,21 @@ def _numbers(module: nn.Module, experts: int) -> list[tuple[nn.Module, str]]:
         for owner in module.modules()
         for key, value in vars(owner).items()
         if "expert" in key and isinstance(value, int) and not isinstance(value, bool) and value == experts
+    ]
+
+
+def _widths(module: nn.Module, form: ExpertsForm) -> list[tuple[nn.Module, str, int]]:
+    """Where a module keeps what is an inner width of whole experts and no other length of their weights, and that width."""
+    inner: set[int] = set()
+    other: set[int] = set()
+    for name, parameter in module.named_parameters():
+        for dim, length in enumerate(parameter.shape):
+            sliced = form.slices.get(name)
+            cut = sliced is not None and dim == sliced.dim
+            (inner if cut else other).add(length if dim else length // form.experts)
+    return [
+        (owner, key, value)
+        for owner in module.modules()
+        for key, value in vars(owner).items()
+        if isinstance(value, int) and not isinstance(value, bool) and value in inner - other
     ]

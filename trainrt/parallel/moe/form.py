@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from trainrt.parallel.moe.layout import Slices
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsForm:
-    """One module with the weights of all experts: their number, and the names of its three arguments."""
+    """One module with the weights of all experts: their number, and the names of its three arguments.
+
+    slices: how they are cut where there are more ranks than experts (planner/slices.py).
+    """
 
     experts: int
     rows: str
     index: str
     weight: str
+    slices: Slices = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

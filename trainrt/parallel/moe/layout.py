@@ -2,6 +2,7 @@
 
 Flex (Tutel, MLSys'23, section 3.1): W ranks, E experts. With E >= W a rank holds a run of experts, in numbers as even as can
 be. With E < W an expert is cut along its inner width into S = W / E slices, and rank p holds slice p mod S of expert p div S.
+A weight that has no inner width, such as the bias of the last product, is held by all S ranks of its expert.
 
 Runs are of *positions*. Whole experts may have an order: position q is that of expert `order[q]` (placement.py); without one
 it is that of expert q. Rows travel by position, weights are known by expert.
@@ -18,6 +19,28 @@ Orders = Mapping[str, tuple[int, ...]]
 """Module of experts -> its order."""
 
 NO_ORDERS: Orders = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """How a weight of stacked experts is cut: of those along `dim` of an expert, slice s has the indices in `runs[s]`.
+
+    runs: (first, number), as many indices in every slice, none in two. Where `dim` is 0, experts are flattened with their rows.
+    """
+
+    dim: int
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def width(self) -> int:
+        """How many indices a slice has."""
+        return sum(number for _, number in self.runs[0])
+
+
+Slices = Mapping[str, Sliced]
+"""Weight by its name in a module of experts -> how it is cut. One that is not named is in every slice of its expert."""
+
+WHOLE: Slices = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +100,11 @@ class ExpertLayout:
     def owner(self, expert: int) -> int:
         """The rank that holds an expert, where none is cut."""
         return next(rank for rank in range(self.ranks) if expert in self.held(rank))
+
+    @property
+    def widths(self) -> list[int]:
+        """Of how many ranks the groups are that gather slices, or share what is not cut."""
+        return [self.slices // r for r in self.choices if r]
 
     @property
     def choices(self) -> list[int]:

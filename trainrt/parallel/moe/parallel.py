@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from trainrt.parallel.mesh import ExpertGroups
-from trainrt.parallel.moe.experts import Experts, layout_of
+from trainrt.parallel.moe.experts import Experts, layout_of, slices_of
 from trainrt.parallel.moe.foreign import ForeignExperts
 from trainrt.parallel.moe.form import Form, ListedExperts
-from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders
+from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders, Sliced
 from trainrt.parallel.moe.listed import gather_list
 from trainrt.parallel.moe.spread import Spread
 from trainrt.parallel.moe.strategy import Chooser, Fixed
@@ -42,11 +42,13 @@ def spread_experts(
             continue
         module = model.get_submodule(name)
         layout = layout_of(module, form, mesh.size(), orders.get(name))
-        how = Spread(layout, groups, tp, chooser(module, layout), recomputed)
-        for owner in module.modules():
+        slices = slices_of(module, form, layout)
+        how = Spread(layout, slices, groups, tp, chooser(module, layout), recomputed)
+        for inside, owner in module.named_modules():
             for leaf, parameter in list(owner.named_parameters(recurse=False)):
-                mine = share_of(module, leaf, parameter.detach(), layout, mesh.get_local_rank()).clone()
-                first = len(parameter) * layout.slices
+                sliced = slices.get(f"{inside}.{leaf}" if inside else leaf)
+                mine = share_of(parameter.detach(), layout, mesh.get_local_rank(), sliced).clone()
+                first = len(parameter) if layout.slices == 1 else len(mine) * layout.ranks
                 shape = torch.Size((first, *mine.shape[1:]))
                 stride = torch.empty(shape, device="meta").stride()
                 cut = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
@@ -59,11 +61,12 @@ def spread_experts(
     return spread
 
 
-def share_of(module: nn.Module, leaf: str, whole: Tensor, layout: ExpertLayout, rank: int) -> Tensor:
+def share_of(whole: Tensor, layout: ExpertLayout, rank: int, sliced: Sliced | None) -> Tensor:
     """What a rank holds of a weight of stacked or flattened experts (a view, where that is one run)."""
-    runs = [whole.narrow(0, *run) for run in layout.runs(rank, len(whole) // layout.experts)]
-    share = runs[0] if len(runs) == 1 else torch.cat(runs)
-    if not isinstance(module, Experts):
-        return share
-    inner = module.INNER[leaf]
-    return share.narrow(inner, *layout.inner_run(rank, whole.shape[inner]))
+    share = _taken(whole, 0, layout.runs(rank, len(whole) // layout.experts))
+    return share if sliced is None else _taken(share, sliced.dim, sliced.runs[rank % layout.slices])
+
+
+def _taken(tensor: Tensor, dim: int, runs: Sequence[tuple[int, int]]) -> Tensor:
+    parts = [tensor.narrow(dim, *run) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

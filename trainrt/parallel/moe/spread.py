@@ -5,7 +5,7 @@ Legend: N rows, D width, E experts, W ranks of ep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,20 +19,20 @@ from trainrt.parallel.mesh import ExpertGroups
 from trainrt.parallel.moe.exchange import Counts, Exchange, gather_counts
 from trainrt.parallel.moe.flex import Beside, GatherSlices, Piece, Way
 from trainrt.parallel.moe.hot import Lend, hottest, places_of
-from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.layout import ExpertLayout, Sliced, Slices
 from trainrt.parallel.moe.strategy import Chooser, Strategy
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The experts of a module as this rank holds them: what they compute, their weights, along which dimension slices cut these.
+    """The experts of a module as this rank holds them: what they compute, their weights, and the names of these.
 
     besides: what is computed while rows are on their way.
     """
 
     pieces: Sequence[Piece]
     weights: Sequence[Tensor]
-    inner: Sequence[int]
+    names: Sequence[str]
     besides: Sequence[Beside] = ()
 
 
@@ -40,11 +40,12 @@ class Held:
 class Spread:
     """Over which ranks experts are spread, and who says how rows or weights travel.
 
-    tp: the ranks that call with the same rows. recomputed: what experts compute is not kept for backward but computed again,
-    as where layers are.
+    slices: how weights are cut. tp: the ranks that call with the same rows. recomputed: what experts compute is not kept for
+    backward but computed again, as where layers are.
     """
 
     layout: ExpertLayout
+    slices: Slices
     groups: ExpertGroups
     tp: dist.ProcessGroup | None
     chooser: Chooser
@@ -83,17 +84,15 @@ class Spread:
         return compute(x_ND) if choice.times is None else choice.times.take(compute, x_ND)
 
     def _mixed(self, strategy: Strategy, x_ND: Tensor, count_WE: Counts, held: Held) -> Tensor:
-        layout, groups = self.layout, self.groups
+        parts = list(zip(held.names, held.weights, strict=True))
         if strategy.r == 0:
             for beside in held.besides:
                 beside.result = beside.compute(*beside.tensors)
-            parts = zip(held.weights, held.inner, strict=True)
-            whole = [_gathered(weight, dim, layout, groups.ep) for weight, dim in parts]
-            return through(held.pieces, x_ND, count_WE[groups.ep.rank()].tolist(), whole)
-        slices = groups.neighbours[layout.slices // strategy.r]
-        if slices is not None:
-            parts = zip(held.weights, held.inner, strict=True)
-            held = replace(held, weights=[GatherSlices.apply(weight, dim, slices) for weight, dim in parts])
+            gather = self._all_slices if self.layout.slices > 1 else self._all_experts
+            whole = [gather(name, weight) for name, weight in parts]
+            return through(held.pieces, x_ND, count_WE[self.groups.ep.rank()].tolist(), whole)
+        if self.layout.slices > 1:
+            held = replace(held, weights=[self._some_slices(name, weight, strategy.r) for name, weight in parts])
         if strategy.hot:
             return self._with_hot(strategy, x_ND, count_WE, held)
         return self._travelled(strategy, x_ND, count_WE, held)
@@ -122,6 +121,49 @@ class Spread:
         y_ND = way(x_ND[exchange.source], held.weights, held.besides)
         return torch.zeros_like(x_ND).index_add(0, exchange.source, y_ND)
 
+    def _some_slices(self, name: str, held: Tensor, r: int) -> Tensor:
+        """The part of a weight with which one of the r groups of an expert's ranks computes."""
+        layout, sliced = self.layout, self.slices.get(name)
+        if sliced is None:
+            # What the groups compute is added up, and this is to be in the sum once.
+            return self._shared(held) / r
+        width = layout.slices // r
+        group = self.groups.neighbours[width]
+        if group is None:
+            return held
+        first = self.groups.ep.rank() % layout.slices // width * width
+        return _in_order(GatherSlices.apply(held, sliced.dim, group), sliced, sliced.dim, range(first, first + width))
+
+    def _all_slices(self, name: str, held: Tensor) -> Tensor:
+        """A weight of all experts, from the slices of every rank."""
+        by_slice, sliced = (self.layout.experts, self.layout.slices), self.slices.get(name)
+        if sliced is None:
+            shared = GatherSlices.apply(self._shared(held), 0, self.groups.ep)
+            return shared.unflatten(0, (*by_slice, -1))[:, 0].flatten(0, 1)
+        flattened = sliced.dim == 0
+        dim = 1 if flattened else sliced.dim
+        slices = GatherSlices.apply(held.unsqueeze(0) if flattened else held, 0, self.groups.ep).unflatten(0, by_slice)
+        whole = _in_order(slices.movedim(1, dim).flatten(dim, dim + 1), sliced, dim, range(self.layout.slices))
+        return whole.flatten(0, 1) if flattened else whole
+
+    def _shared(self, held: Tensor) -> Tensor:
+        """A weight that all ranks of an expert hold, whose gradients from them are to stay the same."""
+        return CopyToGroup.apply(held, self.groups.neighbours[self.layout.slices])
+
+    def _all_experts(self, _: str, held: Tensor) -> Tensor:
+        """A weight of all experts, stacked, from those that each rank holds."""
+        layout, ep = self.layout, self.groups.ep
+        rows = len(held) // layout.here(ep.rank())
+        most = max(layout.here(rank) for rank in range(layout.ranks)) * rows
+        short = most - len(held)
+        stacked = GatherSlices.apply(
+            torch.cat((held, held.new_zeros(short, *held.shape[1:]))) if short else held, 0, ep
+        )
+        if layout.experts * rows == most * layout.ranks:
+            return stacked
+        there = [rank * most + i for rank in range(layout.ranks) for i in range(layout.here(rank) * rows)]
+        return stacked[torch.tensor(there, device=held.device)]
+
 
 def through(pieces: Sequence[Piece], x_ND: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
     """Rows sorted by expert through all pieces of their experts."""
@@ -134,16 +176,11 @@ def _through(pieces: Sequence[Piece], counts: list[int], x_ND: Tensor, *weights:
     return through(pieces, x_ND, counts, weights)
 
 
-def _gathered(held: Tensor, inner: int, layout: ExpertLayout, ep: dist.ProcessGroup) -> Tensor:
-    """The weights of all experts, stacked, from what each rank holds; `inner` is the dimension that slices cut."""
-    if layout.slices > 1:
-        slices = GatherSlices.apply(held, 0, ep).unflatten(0, (layout.experts, layout.slices))
-        return slices.movedim(1, inner).flatten(inner, inner + 1)
-    rows = len(held) // layout.here(ep.rank())
-    most = max(layout.here(rank) for rank in range(layout.ranks)) * rows
-    short = most - len(held)
-    stacked = GatherSlices.apply(torch.cat((held, held.new_zeros(short, *held.shape[1:]))) if short else held, 0, ep)
-    if layout.experts * rows == most * layout.ranks:
-        return stacked
-    there = [rank * most + i for rank in range(layout.ranks) for i in range(layout.here(rank) * rows)]
-    return stacked[torch.tensor(there, device=held.device)]
+def _in_order(joined: Tensor, sliced: Sliced, dim: int, slices: Iterable[int]) -> Tensor:
+    """Slices one after the other along `dim`, with their indices in the order that they have in a whole weight."""
+    runs = [run for number in slices for run in sliced.runs[number]]
+    order = sorted(range(len(runs)), key=runs.__getitem__)
+    if order == list(range(len(runs))):
+        return joined
+    parts = joined.split([number for _, number in runs], dim)
+    return torch.cat([parts[position] for position in order], dim)

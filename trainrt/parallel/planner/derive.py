@@ -13,6 +13,7 @@ from trainrt.parallel.plan import Cut, ParameterPlan, Part, Plan
 from trainrt.parallel.planner.experts import expert_cuts, experts_of
 from trainrt.parallel.planner.probe import Blueprint
 from trainrt.parallel.planner.sharding import Sharding, experts_in, sharding_of
+from trainrt.parallel.planner.slices import with_slices
 
 
 def derive(
@@ -26,6 +27,7 @@ def derive(
     Raises PlanError where a form is asked for that the model does not have.
     """
     modules = experts_of(model, experts_in(blueprint)) if size.ep > 1 else {}
+    modules = with_slices(model, modules, blueprint, size.ep)
     experts = expert_cuts(model, size, modules, orders) if size.ep > 1 else {}
     sharding = sharding_of(blueprint, size.tp).spread(model) if size.tp > 1 else Sharding(1)
     parts = parts or {}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from trainrt.config import MeshSize
 from trainrt.errors import PlanError
-from trainrt.parallel.moe.experts import Experts, layout_of
+from trainrt.parallel.moe.experts import Experts, layout_of, slices_of
 from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
-from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders
+from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders, Sliced
 from trainrt.parallel.plan import Cut, kind_of
 from trainrt.parallel.planner.listed import find_listed
 from trainrt.parallel.planner.probe import Blueprint, small_model, trace
@@ -101,43 +101,36 @@ def expert_cuts(
     cuts: dict[str, tuple[tuple[Cut, ...], str]] = {}
     for name, form in modules.items():
         module = model.get_submodule(name)
-        _check_number(name, form, size)
+        if isinstance(form, ListedExperts):
+            _check_number(name, form, size)
         layout = layout_of(module, form, size.ep, orders.get(name))
+        slices = slices_of(module, form, layout)
         for leaf, parameter in module.named_parameters():
             shape = tuple(parameter.shape)
             if isinstance(form, ListedExperts) and shape:
                 cuts[f"{name}.{leaf}"] = _of_the_list(leaf, shape, layout), LISTED_RULE
                 continue
-            own = _of_ours(leaf, shape, layout) if form is None else _of_others(shape, layout)
-            inner = shape[1] // (layout.slices if any(cut.dim == 1 for cut in own) else 1) if len(shape) > 1 else 0
+            sliced = slices.get(leaf)
+            inner = 0 if len(shape) < 2 else shape[1] if sliced is None or sliced.dim != 1 else sliced.width
             if not inner or inner % size.efsdp:
                 raise PlanError(
                     f"parallel.ep = {size.ep} leaves efsdp = {size.efsdp}, which does not divide dimension 1 "
                     f"of {name}.{leaf}, {shape}"
                 )
-            cuts[f"{name}.{leaf}"] = (*own, Cut("efsdp", 1)), _rule(layout)
+            cuts[f"{name}.{leaf}"] = (*_over_ranks(shape, layout, sliced), Cut("efsdp", 1)), _rule(layout)
     if not cuts:
         raise PlanError(f"parallel.ep = {size.ep}: the model has no mixture-of-experts layers; allowed: 1")
     return cuts
 
 
-def _check_number(name: str, form: Form | None, size: MeshSize) -> None:
-    """Experts of others are not cut, and lists of them are spread evenly. Raises PlanError."""
-    if form is None:
-        return
-    allowed = [n for n in range(1, form.experts + 1) if not (isinstance(form, ListedExperts) and form.experts % n)]
+def _check_number(name: str, form: ListedExperts, size: MeshSize) -> None:
+    """Lists of experts are spread evenly. Raises PlanError."""
+    allowed = [n for n in range(1, form.experts + 1) if form.experts % n == 0]
     if size.ep not in allowed:
         raise PlanError(
             f"parallel.ep = {size.ep} does not fit the {form.experts} experts of {name}; "
             f"allowed: {', '.join(map(str, allowed))}"
         )
-
-
-def _of_others(shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:
-    """A run of experts, stacked or flattened with their rows."""
-    if layout.experts % layout.ranks == 0:
-        return (Cut("ep", 0),)
-    return (Cut("ep", 0, tuple(layout.runs(rank, shape[0] // layout.experts) for rank in range(layout.ranks))),)
 
 
 def _rule(layout: ExpertLayout) -> str:
@@ -146,20 +139,20 @@ def _rule(layout: ExpertLayout) -> str:
     return SLICED_RULE if layout.slices > 1 else RULE
 
 
-def _of_ours(leaf: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:
-    """Some experts, a run of them where they have no other order, or the slice of one."""
-    ranks = range(layout.ranks)
-    whose = tuple(layout.runs(rank) for rank in ranks)
-    if layout.slices == 1:
+def _over_ranks(shape: tuple[int, ...], layout: ExpertLayout, sliced: Sliced | None) -> tuple[Cut, ...]:
+    """Some experts, stacked or flattened with their rows: a run of them where they have no other order; or the slice of one."""
+    rows, ranks = shape[0] // layout.experts, range(layout.ranks)
+    whose = tuple(layout.runs(rank, rows) for rank in ranks)
+    if sliced is None:
         even = layout.order is None and layout.experts % layout.ranks == 0
         return (Cut("ep", 0, None if even else whose),)
-    inner = Experts.INNER[leaf]
-    if shape[inner] % layout.slices:
-        raise PlanError(
-            f"parallel.ep = {layout.ranks} cuts each of {layout.experts} experts into {layout.slices} slices, which do not "
-            f"divide its inner width {shape[inner]}"
-        )
-    return Cut("ep", 0, whose), Cut("ep", inner, tuple((layout.inner_run(rank, shape[inner]),) for rank in ranks))
+    of_expert = [sliced.runs[rank % layout.slices] for rank in ranks]
+    if sliced.dim:
+        return Cut("ep", 0, whose), Cut("ep", sliced.dim, tuple(of_expert))
+    starts = [first for ((first, _),) in whose]
+    return (
+        Cut("ep", 0, tuple(tuple((start + a, n) for a, n in of_expert[rank]) for rank, start in enumerate(starts))),
+    )
 
 
 def _of_the_list(leaf: str, shape: tuple[int, ...], layout: ExpertLayout) -> tuple[Cut, ...]:

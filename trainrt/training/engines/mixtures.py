@@ -34,7 +34,7 @@ def spread_mixtures(
         return [], []
     stacked = {name: form for name, form in plan.experts.items() if not isinstance(form, ListedExperts)}
     layouts = [layout_of(model.get_submodule(name), form, plan.mesh.ep) for name, form in stacked.items()]
-    widths = sorted({layout.slices // r for layout in layouts for r in layout.choices if r})
+    widths = sorted({width for layout in layouts for width in layout.widths})
     mesh = groups.experts["ep"]
     places = places_on_host(plan.mesh.ep, config.cluster.workers_per_node)
     between = make_expert_groups(plan.mesh, mesh, widths=widths, places=places)
