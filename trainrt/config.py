@@ -480,11 +480,7 @@ def _model_problems(config: JobConfig, document: dict[str, Any]) -> Iterator[str
         yield from _head_problems("model.config.", sizes.hidden_size, sizes.heads, sizes.kv_heads, mesh.tp)
         if sizes.intermediate_size % mesh.tp:
             yield _not_divided("model.config.intermediate_size", sizes.intermediate_size, "parallel.tp", mesh.tp)
-        if mesh.ep > config.moe.experts and mesh.ep % config.moe.experts:
-            yield (
-                f"parallel.ep = {mesh.ep} is more than moe.experts = {config.moe.experts} and no multiple of it; "
-                f"allowed: at most {config.moe.experts}, or a multiple of it"
-            )
+        yield from _expert_problems("moe.experts", config.moe.experts, mesh.ep)
         moe = config.moe
         every = moe.experts + moe.zero_experts + moe.copy_experts + moe.constant_experts
         if moe.top_k > every:
@@ -533,13 +529,21 @@ def _huggingface_problems(config: JobConfig, mesh: MeshSize) -> Iterator[str]:
         )
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         experts = sizes.get(key)
-        if isinstance(experts, int) and experts % mesh.ep:
-            yield _not_divided(key, experts, "parallel.ep", mesh.ep)
+        if isinstance(experts, int):
+            yield from _expert_problems(key, experts, mesh.ep)
     longest = sizes.get("max_position_embeddings")
     if isinstance(longest, int) and config.data.sequence_length > longest:
         yield (
             f"data.sequence_length = {config.data.sequence_length} is more than the model's "
             f"max_position_embeddings = {longest}"
+        )
+
+
+def _expert_problems(key: str, experts: int, ep: int) -> Iterator[str]:
+    if ep > experts and ep % experts:
+        yield (
+            f"parallel.ep = {ep} is more than {key} = {experts} and no multiple of it; "
+            f"allowed: at most {experts}, or a multiple of it"
         )
 
 

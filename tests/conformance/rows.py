@@ -54,6 +54,13 @@ MIXTURE = {
     }
 }  # fmt: skip
 FEW = {"model": {"dtype": "float64", "config": {**MIXTURE["model"]["config"], "num_local_experts": 2}}}
+BIASES = {
+    "model": {
+        "dtype": "float64",
+        "config": {**SMALL, "model_type": "gpt_oss", "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8,
+                   "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2},
+    }
+}  # fmt: skip
 PLUS = {"experts": 4, "zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "capacity_factor": 1.1}
 BIASED = {"experts": 4, "balance": "bias", "capacity_factor": 1.1, "prioritised": True, "shared_experts": 1}
 LISTED = {"run": {"pipeline": "tests.models.listed:pipeline"}, **FP64}
@@ -111,8 +118,10 @@ ROWS = [
     Row("mixtral fsdp x ep 4, hierarchical, 2 and 4 chunks", {"fsdp": 4, "ep": 4}, {"fsdp": 3}, kind="huggingface",
         sections=MIXTURE | {"moe": {"degree": 2, "backward_degree": 4, "all_to_all": "hierarchical"}}, hosts=2),
     Row("mixtral ep 3 (uneven)", {"fsdp": 3, "ep": 3}, {"fsdp": 2}, kind="huggingface", sections=MIXTURE, long=True),
-    Row("mixtral ep 4, 2 experts, r 2", {"fsdp": 4, "ep": 4}, {"fsdp": 2, "ep": 2}, kind="huggingface",
+    Row("mixtral ep 4, 2 experts, r 2", {"fsdp": 4, "ep": 4}, {"tp": 2}, kind="huggingface",
         sections=FEW | {"moe": {"r": 2}}),
+    Row("gpt-oss with biases, ep 4, 2 experts, r 2", {"fsdp": 4, "ep": 4}, {"fsdp": 2}, kind="huggingface",
+        sections=BIASES | {"moe": {"r": 2}}),
     Row("mixtral tp 2 x fsdp x ep 4, 2 experts, r 1", {"tp": 2, "fsdp": 2, "ep": 4}, {"fsdp": 3}, kind="huggingface", long=True,
         sections=FEW | {"moe": {"r": 1, "degree": 2}}),
     Row("a list of experts, ep 2", {"fsdp": 2, "ep": 2}, {"fsdp": 3}, sections=LISTED, long=True),

@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from trainrt.config import MeshSize
 from trainrt.parallel.mesh import make_expert_groups
 from trainrt.parallel.moe.experts import layout_of, local, slices_of
-from trainrt.parallel.moe.form import Form, ListedExperts
+from trainrt.parallel.moe.foreign import ForeignExperts
+from trainrt.parallel.moe.form import ExpertsForm, Form, ListedExperts
 from trainrt.parallel.moe.layout import WHOLE, ExpertLayout
-from trainrt.parallel.moe.parallel import share_of, spread_experts
+from trainrt.parallel.moe.parallel import SliceBySlice, share_of, spread_experts
 from trainrt.parallel.moe.strategy import PLAIN, Fixed, Strategy
 from trainrt.parallel.planner.experts import experts_of
 from trainrt.parallel.planner.probe import Blueprint, small_model
@@ -84,6 +85,23 @@ def compare_experts(
                 else:
                     parts[f"{name}.{leaf}"] = partial(share_of, layout=layout, rank=place, sliced=slices.get(leaf))
         return Divided({}, parts, float(mesh.size()))
+
+    return _compare(blueprint, divide, mesh)
+
+
+def compare_slices(blueprint: Blueprint, forms: Mapping[str, Form], mesh: DeviceMesh, ranks: int) -> Verdict:
+    """What expert parallelism over so many ranks computes where these are more than experts: all slices, by each rank of `mesh`.
+
+    It takes no more processes than there are, for any number of slices.
+    """
+
+    def divide(model: nn.Module) -> Divided:
+        for name, form in with_slices(model, experts_of(model, forms), blueprint, ranks).items():
+            if isinstance(form, ExpertsForm):
+                module = model.get_submodule(name)
+                one_by_one = SliceBySlice(ExpertLayout(form.experts, ranks), form.slices)
+                module.forward = ForeignExperts(module, form, one_by_one).forward  # type: ignore[method-assign]
+        return Divided({}, {}, 1.0)
 
     return _compare(blueprint, divide, mesh)
 

@@ -27,12 +27,12 @@ from trainrt.training.blueprint import blueprint_of, scaled
 from trainrt.training.pipeline import load_pipeline
 
 RANKS = 4
-"""Processes at most; a plan for more ranks is verified for two."""
+"""Processes at most; a plan for more ranks is verified for two, and its slices of experts by each of them alone."""
 
 SECONDS = 300
 VERIFIED = (PLAIN, Strategy(0), Strategy(1, 2, 1, hot=1))
-"""Strategies under which experts of other models are compared: with some of them, with all, and with one. Ours know how many
-they are, and are compared under one."""
+"""Strategies under which experts of other models are compared: with some of them, with all, and with one, where whole ones are
+lent. Ours know how many they are, and are compared under one."""
 
 
 def verified(config: JobConfig, plan: Plan) -> Plan:
@@ -48,23 +48,29 @@ def verified(config: JobConfig, plan: Plan) -> Plan:
             continue
         ranks = size if size <= RANKS else 2
         placed = axis == "ep" and bool(plan.orders)
-        key = key_of(f"verified {axis} {ranks}{' placed' if placed else ''}", blueprint)
+        sliced = size if axis == "ep" and _cuts_experts(plan) else 0
+        key = key_of(f"verified {axis} {ranks}{' placed' if placed else ''}, slices over {sliced}", blueprint)
         known = cache.read(key)
         if known is None:
-            known = _run(config, axis, ranks, placed=placed)
+            known = _run(config, axis, ranks, placed=placed, sliced=sliced)
         Verdict(**known).require(f"parallel.{axis} = {size}")
         cache.write(key, known)
         verdicts[axis] = known
     return replace(plan, verification=verdicts)
 
 
-def _run(config: JobConfig, axis: str, ranks: int, *, placed: bool) -> dict[str, Any]:
+def _cuts_experts(plan: Plan) -> bool:
+    """Whether experts of a model that is not ours are cut into slices."""
+    return any(isinstance(form, ExpertsForm) and form.slices for form in plan.experts.values())
+
+
+def _run(config: JobConfig, axis: str, ranks: int, *, placed: bool, sliced: int) -> dict[str, Any]:
     """Start the ranks and return what the first one says. Raises PlanError where they do not end well."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.json").write_text(config.model_dump_json())
         try:
-            run_ranks(__name__, folder, ranks, axis, str(ranks), str(placed), seconds=SECONDS)
+            run_ranks(__name__, folder, ranks, axis, str(ranks), str(placed), str(sliced), seconds=SECONDS)
         except TimeoutError as error:
             raise PlanError(f"parallel.{axis}: the plan could not be verified: {error}") from error
         verdict = folder / "verdict.json"
@@ -74,13 +80,13 @@ def _run(config: JobConfig, axis: str, ranks: int, *, placed: bool) -> dict[str,
         return found
 
 
-def main(folder: str, axis: str, ranks: int, placed: bool, rank: int) -> None:
-    """One rank of a verification."""
+def main(folder: str, axis: str, ranks: int, placed: bool, sliced: int, rank: int) -> None:
+    """One rank of a verification. sliced: over how many ranks experts of others are cut into slices; 0: they are not."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from trainrt.parallel.verify import compare_experts, compare_split
+    from trainrt.parallel.verify import compare_experts, compare_slices, compare_split
 
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -93,8 +99,11 @@ def main(folder: str, axis: str, ranks: int, placed: bool, rank: int) -> None:
         verdict = compare_split(blueprint, sharding_of(blueprint, ranks), mesh)
     else:
         forms = experts_in(blueprint)
-        ways = VERIFIED if any(isinstance(form, ExpertsForm) for form in forms.values()) else VERIFIED[:1]
+        stacked = [form.experts for form in forms.values() if isinstance(form, ExpertsForm)]
+        ways = VERIFIED[: 1 if not stacked else 3 if min(stacked) >= ranks else 2]
         verdicts = [compare_experts(blueprint, forms, mesh, way, placed=placed) for way in ways]
+        if sliced:
+            verdicts.append(compare_slices(blueprint, forms, mesh, sliced))
         verdict = next((verdict for verdict in verdicts if not verdict.right), verdicts[0])
     if rank == 0:
         partial = Path(folder) / "verdict.partial"
@@ -105,4 +114,4 @@ def main(folder: str, axis: str, ranks: int, placed: bool, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True", int(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True", int(sys.argv[5]), int(sys.argv[6]))

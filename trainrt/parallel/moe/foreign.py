@@ -8,15 +8,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from trainrt.parallel.moe.flex import Piece
 from trainrt.parallel.moe.form import ExpertsForm
-from trainrt.parallel.moe.spread import Held, Spread
+from trainrt.parallel.moe.layout import ExpertLayout
+from trainrt.parallel.moe.spread import Held
 from trainrt.parallel.shown import local_part, show
+
+
+class Mixes(Protocol):
+    """Takes rows to their experts, which lie by a layout."""
+
+    @property
+    def layout(self) -> ExpertLayout: ...
+
+    def mix(self, x_ND: Tensor, count_E: Tensor, held: Held) -> Tensor: ...
 
 
 class ForeignExperts:
@@ -26,7 +36,7 @@ class ForeignExperts:
     width, is theirs.
     """
 
-    def __init__(self, module: nn.Module, form: ExpertsForm, spread: Spread) -> None:
+    def __init__(self, module: nn.Module, form: ExpertsForm, spread: Mixes) -> None:
         self.form, self.spread = form, spread
         self.compute = module.forward
         self.signature = inspect.signature(module.forward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,9 @@ from trainrt.parallel.mesh import ExpertGroups
 from trainrt.parallel.moe.experts import Experts, layout_of, slices_of
 from trainrt.parallel.moe.foreign import ForeignExperts
 from trainrt.parallel.moe.form import Form, ListedExperts
-from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders, Sliced
+from trainrt.parallel.moe.layout import NO_ORDERS, ExpertLayout, Orders, Sliced, Slices
 from trainrt.parallel.moe.listed import gather_list
-from trainrt.parallel.moe.spread import Spread
+from trainrt.parallel.moe.spread import Held, Spread, through
 from trainrt.parallel.moe.strategy import Chooser, Fixed
 
 
@@ -70,3 +71,32 @@ def share_of(whole: Tensor, layout: ExpertLayout, rank: int, sliced: Sliced | No
 def _taken(tensor: Tensor, dim: int, runs: Sequence[tuple[int, int]]) -> Tensor:
     parts = [tensor.narrow(dim, *run) for run in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceBySlice:
+    """The slices of experts whose weights are all here, one after the other: what ranks compute, without what travels."""
+
+    layout: ExpertLayout
+    slices: Slices
+
+    def mix(self, x_ND: Tensor, count_E: Tensor, held: Held) -> Tensor:
+        """Rows sorted by expert through their experts."""
+        counts = count_E.tolist()
+        parts = [
+            through(
+                held.pieces,
+                x_ND,
+                counts,
+                [self._slice(*part, number) for part in zip(held.names, held.weights, strict=True)],
+            )
+            for number in range(self.layout.slices)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def _slice(self, name: str, whole: Tensor, number: int) -> Tensor:
+        sliced = self.slices.get(name)
+        if sliced is None:
+            return whole / self.layout.slices
+        ranks = range(number, self.layout.ranks, self.layout.slices)
+        return torch.cat([share_of(whole, self.layout, rank, sliced) for rank in ranks])

@@ -320,7 +320,9 @@ def _numbers(loss: Loss, digest: int) -> LeafResult:
 
 
 def _counted(gradient: Tensor, part: tuple[int, list[int]] | None) -> Tensor:
-    return gradient if part is None else gradient.index_select(part[0], torch.tensor(part[1], device=gradient.device))
+    if part is None:
+        return gradient
+    return gradient.index_select(part[0], torch.tensor(part[1], dtype=torch.int64, device=gradient.device))
 
 
 def _share(parameter: Tensor) -> nn.Parameter:
