@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.cases import cases
 from tests.parallel.architectures import FAMILIES, batch, loss, model
 from tests.ranks import run_ranks
+from trainrt.config import MeshSize
 from trainrt.errors import PlanError
 from trainrt.parallel.moe.exchange import Chunk
+from trainrt.parallel.moe.parallel import SliceBySlice
 from trainrt.parallel.moe.spread import Spread
 from trainrt.parallel.moe.strategy import PLAIN, Strategy
+from trainrt.parallel.planner.derive import derive
 from trainrt.parallel.planner.probe import Blueprint, hollow, source_of
 from trainrt.parallel.sharded.owners import Owners, Split
 from trainrt.parallel.sharded.tensor import Axis
@@ -112,6 +116,66 @@ def test_experts_of_any_mixture_are_cut(case: tuple[str, Strategy]) -> None:
 def test_a_bias_that_is_added_by_every_slice_is_noticed() -> None:
     """Negative control: as though it were cut like the rest."""
     assert not run_ranks(4, spread, "gpt_oss", Strategy(2), "bias", 4, 2)[0][0].right
+
+
+def sliced(rank: int, family: str, ranks: int, spoil: bool = False) -> Verdict:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from trainrt.parallel.planner.experts import find_experts
+    from trainrt.parallel.verify import compare_slices
+
+    if spoil:
+        cut = SliceBySlice._slice
+        SliceBySlice._slice = lambda self, name, whole, number: (  # type: ignore[method-assign]
+            cut(self, name, whole, number) if name in self.slices else whole
+        )
+    plan = blueprint(family)
+    return compare_slices(plan, find_experts(plan), init_device_mesh("cpu", (1,)), ranks)
+
+
+@pytest.mark.parametrize("case", cases([(f, n) for f in MIXTURES for n in (8, 16)], [("gpt_oss", 16), ("dbrx", 8)]))
+def test_slices_for_more_ranks_than_there_are_add_up(case: tuple[str, int]) -> None:
+    verdict = run_ranks(1, sliced, *case)[0]
+    assert verdict.right and verdict.gradient_error < 1e-12, verdict
+
+
+def test_a_weight_that_all_slices_add_is_noticed() -> None:
+    """Negative control for what a launch verifies: the plan is refused."""
+    verdict = run_ranks(1, sliced, "gpt_oss", 16, True)[0]
+    with pytest.raises(PlanError, match="is not right"):
+        verdict.require("parallel.ep = 16")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx"])
+def test_ranks_with_slices_hold_and_count_each_element_once(family: str) -> None:
+    """Over ep 4 x efsdp 2, with two experts: each element is on one rank, or on all of its expert's with the same efsdp."""
+    plan = blueprint(family, 2)
+    size = MeshSize(fsdp=8, ep=4)
+    for parameter in derive(plan.make(), size, plan).parameters:
+        if ".experts." not in parameter.name:
+            continue
+        held = np.zeros((2, *parameter.shape), np.int64)
+        for rank in range(size.world_size):
+            mine = np.ix_(
+                *(np.concatenate([np.arange(a, a + n) for a, n in s]) for s in parameter.held(size, rank).spans)
+            )
+            held[0][mine] += 1
+            part, counted = parameter.counted(size, rank), list(mine)
+            if part is not None:
+                counted[part[0]] = mine[part[0]].take(np.array(part[1], np.int64), part[0])
+            held[1][tuple(counted)] += 1
+        assert (held[0] == (2 if "down_proj_bias" in parameter.name else 1)).all()
+        assert (held[1] == 1).all()
+
+
+def test_experts_that_cannot_be_cut_are_refused_by_name() -> None:
+    plan = blueprint("mixtral", 2)
+    with pytest.raises(
+        PlanError, match=r"the 2 experts of model\.layers\.0\.mlp\.experts into 3 slices.*allowed: 1 to 2"
+    ):
+        derive(plan.make(), MeshSize(fsdp=6, ep=6), plan)
+    with pytest.raises(PlanError, match=r"ep = 3 is more than the 2 experts .*allowed: 1, 2"):
+        derive(plan.make(), MeshSize(fsdp=3, ep=3), plan)
 
 
 def test_rows_that_come_back_in_another_order_are_noticed() -> None:
