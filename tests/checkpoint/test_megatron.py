@@ -69,7 +69,7 @@ def make(made: Made, form: str, options: Options) -> tuple[Path, dict[str, np.nd
     return made("megatron", format=form, **options)
 
 
-@pytest.mark.parametrize("case", cases([*STATES, *LONG], STATES))
+@pytest.mark.parametrize("case", cases([*STATES, *LONG], [case for case in STATES if case.startswith("classic")]))
 def test_weights_masters_and_moments_are_those_that_were_put_in(case: str, made: Made, covers: Covers) -> None:
     form, options = {**STATES, **LONG}[case]
     covers("megatron" if form == CLASSIC else "megatron-dist", "read, bit for bit", case)

@@ -84,7 +84,7 @@ CONTINUED: dict[str, tuple[str, Options, str, Shape]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", cases(CONTINUED, ["classic, tp 2, bfloat16"]))
+@pytest.mark.parametrize("case", cases(CONTINUED, []))
 def test_megatron_goes_on_as_if_it_had_never_stopped(case: str, made: Made, tmp_path: Path, covers: Covers) -> None:
     form, options, target, shape = CONTINUED[case]
     to = "megatron" if target == CLASSIC else "megatron-dist"

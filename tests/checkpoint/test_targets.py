@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, Shape, dict[str, Any]]] = {
     "dcp": ("dcp", FSDP_TP, "dcp", Shape(), {}),
     "dcp, tied": ("dcp", {"world": 2, "model": {"tie_word_embeddings": True}}, "dcp", Shape(), {}),
 }  # fmt: skip
-SHORT = ("zero 1", "dcp")
+SHORT = ("zero 1",)
 
 
 @pytest.mark.parametrize("case", cases(CASES, SHORT))

@@ -65,7 +65,6 @@ def job(tmp_path: Path) -> Path:
     return write_job(folder / "job.toml", run={"pipeline": "my_module:pipeline", "steps": 400})
 
 
-@pytest.mark.campaign
 def test_the_users_module_travels_and_its_exception_is_told_once(address: str, job: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", job, "--address", address).launch()
     try:
@@ -142,6 +141,7 @@ def lose(cluster: RayCluster, run: Run, node: subprocess.Popen[bytes], *, left: 
     return incident
 
 
+@pytest.mark.campaign
 def test_a_job_loses_nodes_and_gets_others_and_ends_as_if_undisturbed(cluster: RayCluster, tmp_path: Path) -> None:
     """4 -> 3 -> 2 -> 4 ranks with `run.deterministic`, bit for bit a run on one."""
     keys: dict[str, Any] = {"optimizer": {"warmup_steps": 2, "schedule": "constant"}, "checkpoint": {"every": 0}}

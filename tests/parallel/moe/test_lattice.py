@@ -16,12 +16,13 @@ from trainrt.parallel.moe.layout import ExpertLayout
 from trainrt.parallel.moe.strategy import Strategy
 
 RANKS, WIDTH, INNER = 4, 8, 16
+EXPERTS = (1, 2, 4, 6)
 TOKENS = (13, 6, 1, 9)
 
 
-def cases() -> Iterator[tuple[MoeConfig, Strategy]]:
-    """Each number of experts with each top-k and capacity; the strategies of its layout in turn, two for each."""
-    for experts in (1, 2, 4, 6):
+def cases(numbers: tuple[int, ...] = EXPERTS) -> Iterator[tuple[MoeConfig, Strategy]]:
+    """Each number of experts with each top-k and capacity; the strategies of its layout in turn."""
+    for experts in numbers:
         layout = ExpertLayout(experts, RANKS)
         ways = [Strategy(0)]
         for r, degree, backward, hierarchical in product(layout.choices, (1, 2, 3), (1, 3), (False, True)):
@@ -31,8 +32,7 @@ def cases() -> Iterator[tuple[MoeConfig, Strategy]]:
         for top_k, factor, prioritised in product((1, 2, 4), (0.0, 0.75, -0.75, 3.0), (False, True)):
             if top_k <= experts and (factor or not prioritised):
                 given = MoeConfig(experts=experts, top_k=top_k, capacity_factor=factor, prioritised=prioritised)
-                for _ in range(2):
-                    yield given, next(turn)
+                yield given, next(turn)
 
 
 def made(config: MoeConfig, skew: bool) -> MoeLayer:
@@ -61,12 +61,12 @@ def found(layer: MoeLayer, rank: int) -> list[torch.Tensor]:
     return [y.detach(), x.grad, *(g.to_local() if hasattr(g, "to_local") else g for g in gradients)]
 
 
-def worst_error(rank: int, scale: float = 1.0) -> tuple[int, float]:
+def worst_error(rank: int, numbers: tuple[int, ...] = EXPERTS, scale: float = 1.0) -> tuple[int, float]:
     from trainrt.parallel.moe.experts import Experts, slices_of
     from trainrt.parallel.moe.parallel import share_of
 
     number, worst = 0, 0.0
-    for config, strategy in cases():
+    for config, strategy in cases(numbers):
         skew = number % 3 == 0
         layer = made(config, skew)
         expected = found(layer, rank)
@@ -89,12 +89,12 @@ def worst_error(rank: int, scale: float = 1.0) -> tuple[int, float]:
 
 def test_the_layer_over_ranks_is_the_layer_of_one_process() -> None:
     for number, worst in run_ranks(RANKS, worst_error):
-        assert number == len(list(cases())) > 80 and worst <= 1e-12, worst
+        assert number == len(list(cases())) > 40 and worst <= 1e-12, worst
 
 
 def test_a_gradient_that_is_scaled_is_noticed() -> None:
     """Negative control: experts' gradients off by the number of ranks, as they would be if they were averaged."""
-    assert any(worst > 0.1 for _, worst in run_ranks(RANKS, worst_error, 1.0 / RANKS))
+    assert any(worst > 0.1 for _, worst in run_ranks(RANKS, worst_error, (6,), 1.0 / RANKS))
 
 
 def alive(rank: int, shared: int, hot: int, recomputed: bool) -> tuple[bool, int]:
