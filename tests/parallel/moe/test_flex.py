@@ -150,7 +150,10 @@ def test_slices_and_uneven_runs_are_the_dense_mixture(dtype: torch.dtype, limit:
 @pytest.mark.parametrize(("spoil", "ranks"), [("order", 2), ("copies", 2), ("host", 4)])
 def test_what_is_spoilt_is_noticed(spoil: str, ranks: int) -> None:
     """Negative controls: rows that come back in the order of experts; that one group alone computes; that a host mixes up."""
-    assert any(worst > 1e-3 for _, worst in run_ranks(ranks, lattice, ranks, torch.float64, FEW if spoil == "order" else (1,), spoil))
+    assert any(
+        worst > 1e-3
+        for _, worst in run_ranks(ranks, lattice, ranks, torch.float64, FEW if spoil == "order" else (1,), spoil)
+    )
 
 
 def test_layouts_hold_every_expert_once() -> None:
