@@ -66,6 +66,13 @@ def compare_experts(
         orders = {name: tuple(reversed(range(layouts[name].experts))) for name in whole}
         layouts |= {name: replace(layouts[name], order=order) for name, order in orders.items()}
         widths = sorted({width for layout in layouts.values() for width in layout.widths})
+        # How whole weights are cut is to be known before they are.
+        slices = {
+            name: WHOLE
+            if isinstance(form, ListedExperts)
+            else slices_of(model.get_submodule(name), form, layouts[name])
+            for name, form in modules.items()
+        }
 
         def of_layout(_: nn.Module, layout: ExpertLayout) -> Fixed:
             return Fixed(replace(strategy, r=min(strategy.r, layout.slices)))
@@ -77,13 +84,14 @@ def compare_experts(
         parts: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, form in modules.items():
             module, layout = model.get_submodule(name), layouts[name]
-            slices = WHOLE if isinstance(form, ListedExperts) else slices_of(module, form, layout)
             for leaf, _ in module.named_parameters():
                 if isinstance(form, ListedExperts):
                     mine = layout.owner(int(leaf.partition(".")[0])) == place
                     parts[f"{name}.{leaf}"] = partial(_all_or_nothing, mine)
                 else:
-                    parts[f"{name}.{leaf}"] = partial(share_of, layout=layout, rank=place, sliced=slices.get(leaf))
+                    parts[f"{name}.{leaf}"] = partial(
+                        share_of, layout=layout, rank=place, sliced=slices[name].get(leaf)
+                    )
         return Divided({}, parts, float(mesh.size()))
 
     return _compare(blueprint, divide, mesh)

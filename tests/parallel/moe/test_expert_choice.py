@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.jobs import engine, job, train
+from tests.parallel.moe.routed import layer_of, tokens_of
 from tests.ranks import run_ranks
 from trainrt.config import MoeConfig
 from trainrt.parallel.moe.layer import MoeLayer
@@ -18,16 +19,8 @@ MOE = {"experts": EXPERTS, "top_k": 2, "routing": "expert_choice"}
 
 
 def layer(factor: float, routing: str = "expert_choice") -> MoeLayer:
-    torch.manual_seed(0)
     config = MoeConfig(experts=EXPERTS, top_k=2, capacity_factor=factor, routing=routing)
-    made = MoeLayer(config, hidden_size=8, intermediate_size=12).double()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return made
-
-
-def tokens() -> torch.Tensor:
-    return torch.randn(1, TOKENS, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return layer_of(config)
 
 
 def by_definition(made: MoeLayer, x_TD: torch.Tensor, taken: int) -> tuple[Any, set[int]]:
@@ -47,7 +40,7 @@ def by_definition(made: MoeLayer, x_TD: torch.Tensor, taken: int) -> tuple[Any, 
 @pytest.mark.parametrize(("factor", "taken"), [(0.0, 9), (1.0, 5), (-1.5, 7), (9.0, TOKENS)])
 def test_output_and_gradients_are_those_of_the_definition(factor: float, taken: int) -> None:
     """C = ceil(18 c / 4), c being top_k = 2 where no factor is given."""
-    made, x = layer(factor), tokens()
+    made, x = layer(factor), tokens_of(TOKENS)
     y, numbers, _ = made(x)
     expected, seen = by_definition(made, x[0], taken)
     torch.testing.assert_close(y[0], expected, rtol=1e-12, atol=1e-12)
@@ -62,7 +55,7 @@ def test_output_and_gradients_are_those_of_the_definition(factor: float, taken: 
 
 def test_an_earlier_token_depends_on_later_ones() -> None:
     """What the documentation warns of; with top-k routing it does not."""
-    x = tokens()
+    x = tokens_of(TOKENS)
     changed = torch.cat((x[:, :9], -2.0 * x[:, 9:]), 1)
     early = [torch.equal(made(x)[0][:, :9], made(changed)[0][:, :9]) for made in (layer(0.0), layer(0.0, "top_k"))]
     assert early == [False, True]

@@ -111,7 +111,7 @@ def test_a_plan_read_back_has_the_same_layout() -> None:
     assert runs["layers.0.mlp.experts.up_proj"] == [[[3, 1], [0, 1]], [[2, 1], [1, 1]]]
 
 
-def verdict(rank: int, spoil: bool) -> Any:
+def verdict(rank: int, spoil: bool, ranks: int = 2, experts: int = 4, placed: bool = True) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     from trainrt.parallel.moe.spread import Spread
@@ -121,8 +121,9 @@ def verdict(rank: int, spoil: bool) -> Any:
 
     if spoil:
         Spread._by_position = Spread._timed  # type: ignore[method-assign]
-    config = job(mesh={"fsdp": 2, "ep": 2})
-    return compare_experts(scaled(config, load_pipeline(config)), {}, init_device_mesh("cpu", (2,)), placed=True)
+    config = job(mesh={"fsdp": ranks, "ep": ranks}, moe={"experts": experts})
+    blueprint = scaled(config, load_pipeline(config))
+    return compare_experts(blueprint, {}, init_device_mesh("cpu", (ranks,)), placed=placed)
 
 
 @pytest.mark.parametrize("spoil", [False, True])
@@ -130,3 +131,8 @@ def test_a_plan_with_orders_is_verified_with_one(spoil: bool) -> None:
     """Negative control: rows that are sent by expert where ranks hold experts by position."""
     found = run_ranks(2, verdict, spoil)[0]
     assert found.right != spoil and (found.gradient_error < 1e-12) != spoil
+
+
+def test_slices_of_our_experts_are_verified() -> None:
+    found = run_ranks(4, verdict, False, 4, 2, False)[0]
+    assert found.right and found.gradient_error < 1e-12 and found.held < 1

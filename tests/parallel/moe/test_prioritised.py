@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.parallel.moe.routed import layer_of, tokens_of
 from trainrt.config import MoeConfig
 from trainrt.parallel.moe.layer import MoeLayer
 from trainrt.parallel.moe.router import capacity
@@ -16,16 +17,8 @@ EXPERTS, TOKENS = 4, 20
 
 
 def layer(factor: float, top_k: int, *, prioritised: bool = True, **moe: int) -> MoeLayer:
-    torch.manual_seed(0)
     config = MoeConfig(experts=EXPERTS, top_k=top_k, capacity_factor=factor, prioritised=prioritised, **moe)
-    made = MoeLayer(config, hidden_size=8, intermediate_size=12).double()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return made
-
-
-def tokens() -> torch.Tensor:
-    return torch.randn(1, TOKENS, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return layer_of(config)
 
 
 def by_definition(made: MoeLayer, x_TD: torch.Tensor, top_k: int, limit: int) -> Any:
@@ -46,7 +39,7 @@ def by_definition(made: MoeLayer, x_TD: torch.Tensor, top_k: int, limit: int) ->
 
 @pytest.mark.parametrize(("factor", "top_k"), [(0.5, 2), (-0.5, 2), (0.6, 1)])
 def test_output_and_gradients_are_those_of_the_definition(factor: float, top_k: int) -> None:
-    made, x = layer(factor, top_k), tokens()
+    made, x = layer(factor, top_k), tokens_of(TOKENS)
     limit = capacity(factor, tokens=TOKENS, top_k=top_k, experts=EXPERTS)
     assert limit is not None
     y, numbers, _ = made(x)
@@ -62,7 +55,7 @@ def test_output_and_gradients_are_those_of_the_definition(factor: float, top_k: 
 
 def test_the_order_of_the_batch_does_not_say_who_is_dropped() -> None:
     """And without priorities it does: the negative control."""
-    x, reverse = tokens(), torch.arange(TOKENS - 1, -1, -1)
+    x, reverse = tokens_of(TOKENS), torch.arange(TOKENS - 1, -1, -1)
     made, plain = layer(0.5, 2), layer(0.5, 2, prioritised=False)
     torch.testing.assert_close(made(x[:, reverse])[0], made(x)[0][:, reverse], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(plain(x[:, reverse])[0], plain(x)[0][:, reverse])
@@ -71,5 +64,5 @@ def test_the_order_of_the_batch_does_not_say_who_is_dropped() -> None:
 def test_as_many_are_dropped_as_without_priorities_of_every_kind_of_expert() -> None:
     free = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 1}
     for more in ({}, free):
-        one, other = (layer(0.5, 2, prioritised=p, **more)(tokens()) for p in (True, False))
+        one, other = (layer(0.5, 2, prioritised=p, **more)(tokens_of(TOKENS)) for p in (True, False))
         assert one[1].dropped == other[1].dropped > 0 and not torch.equal(one[0], other[0])

@@ -1,4 +1,4 @@
-"""What a mixture costs under a strategy: seconds forward and backward, from five rates that are fitted to what was measured.
+"""What a mixture costs under a strategy: seconds forward and backward, from six rates that are fitted to what was measured.
 
 The schedule is followed chunk by chunk (schedule.py): all chunks are on their way at once, a chunk is computed when it is there
 and the one before is done, and its way back begins when it is computed and the link is free.
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -45,18 +44,12 @@ class Sizes:
         if layout.slices > 1:
             busiest = -(-int(count_WE.sum(0).max()) // layout.slices)
         else:
-            busiest = int(np.add.reduceat(count_WE.sum(0), _firsts(layout)).max())
+            busiest = int(np.add.reduceat(count_WE.sum(0), layout.firsts).max())
         return _bucket(int(count_WE.sum(1).max())), _bucket(busiest)
 
     def even(self, rows: int) -> Key:
         """The bucket where every rank has so many rows and every expert as many of them."""
         return _bucket(rows), _bucket(rows)
-
-
-@lru_cache
-def _firsts(layout: ExpertLayout) -> Counts:
-    """The first position of each rank."""
-    return np.array([layout.first(rank) for rank in range(layout.ranks)])
 
 
 def _bucket(rows: int) -> int:
@@ -70,45 +63,78 @@ def rows_of(bucket: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Seconds: of a message, of a byte between hosts and inside one, of an operation, of a chunk beside what it computes."""
+    """Seconds: of a message, of a byte between hosts and inside one, of an operation, of an expert that a chunk is computed
+    with beside its operations, and of a pass beside all that."""
 
     message: float
     byte: float
     inside_byte: float
     flop: float
-    chunk: float
+    expert: float
+    call: float
 
     @classmethod
     def of(cls, device: Device) -> Rates:
         """What a device's profile says, before anything of this job was measured."""
         byte = 1.0 / device.link_bytes_per_second
-        return cls(device.latency_seconds, byte, byte, 1.0 / (SUSTAINED * device.flops), device.latency_seconds)
+        latency = device.latency_seconds
+        return cls(latency, byte, byte, 1.0 / (SUSTAINED * device.flops), latency, latency)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass of a rank: seconds of the weights on their way, bytes of rows one way, operations, experts it computes with."""
+
+    gather: float
+    volume: float
+    flops: float
+    experts: float
+
+    def seconds(self, sizes: Sizes, rates: Rates, strategy: Strategy, degree: int, times: int) -> float:
+        """times: how often the operations of the forward pass are done."""
+        compute = times * self.flops * rates.flop
+        chunk = times * self.experts * rates.expert
+        if not self.volume:
+            return rates.call + self.gather + compute + chunk
+        return (
+            rates.call
+            + self.gather
+            + _pipelined(sizes, rates, strategy.hierarchical, self.volume, compute, chunk, degree)
+        )
 
 
 def predict(key: Key, strategy: Strategy, sizes: Sizes, rates: Rates, *, recomputed: bool) -> tuple[float, float]:
     """Seconds of the forward and of the backward pass."""
+    one = _pass(rows_of(key[0]), rows_of(key[1]), strategy, sizes, rates)
+    again = recomputed or strategy.degree != strategy.backward_degree
+    return (
+        one.seconds(sizes, rates, strategy, strategy.degree, 1),
+        one.seconds(sizes, rates, strategy, strategy.backward_degree, 3 if again else 2),
+    )
+
+
+def _pass(sent: float, busiest: float, strategy: Strategy, sizes: Sizes, rates: Rates) -> _Pass:
+    """Of the busiest rank; gradients of weights go back the way that the weights came."""
     layout, ranks = sizes.layout, sizes.layout.ranks
-    sent, busiest = rows_of(key[0]), rows_of(key[1])
     if strategy.r == 0:
-        gather = 3 * _way(sizes, rates, layout.experts * sizes.expert_bytes / 3 * (ranks - 1) / ranks, False)
-        compute = sent * sizes.row_flops * rates.flop
-        return gather + compute, 2 * gather + (3 if recomputed else 2) * compute
-    # Weights of the other slices of a group of S / r; gradients travel about twice as far.
-    part = sizes.expert_bytes / layout.slices * (layout.slices / strategy.r - 1)
-    gather = 3 * _way(sizes, rates, part / 3, False) if part else 0.0
+        gather = _weights(sizes, rates, layout.experts * sizes.expert_bytes * (ranks - 1) / ranks)
+        return _Pass(gather, 0.0, sent * sizes.row_flops, layout.experts)
+    # Weights of the other slices of a group of S / r.
+    lacking = sizes.expert_bytes / layout.slices * (layout.slices / strategy.r - 1)
     # The busiest link is that of the rank that sends most or of the one that receives most.
     travelling = max(sent, busiest) * strategy.r
     if strategy.hot:
-        gather = 3 * _way(sizes, rates, strategy.hot * sizes.expert_bytes / 3, False)
+        lacking = strategy.hot * sizes.expert_bytes
         travelling, busiest = _without_hottest(sent, busiest, ranks), min(sent, busiest)
-    travelling *= sizes.row_bytes * (ranks - 1) / ranks
-    compute = busiest * sizes.row_flops * rates.flop
-    again = recomputed or strategy.degree != strategy.backward_degree
-    forward = gather + _pipelined(sizes, rates, strategy.hierarchical, travelling, compute, strategy.degree)
-    backward = 2 * gather + _pipelined(
-        sizes, rates, strategy.hierarchical, travelling, (3 if again else 2) * compute, strategy.backward_degree
-    )
-    return forward, backward
+    return _Pass(
+        _weights(sizes, rates, lacking), travelling * sizes.row_bytes * (ranks - 1) / ranks, busiest * sizes.row_flops,
+        layout.experts / ranks * layout.slices,
+    )  # fmt: skip
+
+
+def _weights(sizes: Sizes, rates: Rates, volume: float) -> float:
+    """Seconds for three weights that together have so many bytes."""
+    return 3 * _way(sizes, rates, volume / 3, False) if volume else 0.0
 
 
 def _without_hottest(sent: float, busiest: float, ranks: int) -> float:
@@ -118,12 +144,14 @@ def _without_hottest(sent: float, busiest: float, ranks: int) -> float:
     return sent * (1 - max(busiest - even, 0.0) / max(rows, 1.0))
 
 
-def _pipelined(sizes: Sizes, rates: Rates, hierarchical: bool, volume: float, compute: float, degree: int) -> float:
-    """When the last of `degree` chunks is back."""
+def _pipelined(
+    sizes: Sizes, rates: Rates, hierarchical: bool, volume: float, compute: float, chunk: float, degree: int
+) -> float:
+    """When the last of `degree` chunks is back. compute: seconds of all of them, chunk: of each beside."""
     way = _way(sizes, rates, volume / degree, hierarchical)
     done, link = 0.0, degree * way
     for k in range(degree):
-        done = max(done, (k + 1) * way) + compute / degree + rates.chunk
+        done = max(done, (k + 1) * way) + compute / degree + chunk
         link = max(link, done) + way
     return link
 
@@ -156,7 +184,7 @@ def fit(observations: Sequence[Observation], sizes: Sizes, start: Rates, *, reco
     that was observed says otherwise."""
     from scipy.optimize import least_squares
 
-    first = np.log([start.message, start.byte, start.inside_byte, start.flop, start.chunk])
+    first = np.log(astuple(start))
 
     def errors(logs: np.ndarray) -> np.ndarray:
         rates = Rates(*np.exp(logs))

@@ -96,9 +96,8 @@ class Exchange:
         """From the rows of every rank for every expert, in the order of positions; so are each rank's."""
         rank = groups.ep.rank()
         if layout.slices == 1:
-            runs = [(layout.first(place), layout.here(place)) for place in range(layout.ranks)]
-            rows_WW = np.stack([count_WE[:, first : first + here].sum(1) for first, here in runs], 1)
-            first, here = runs[rank]
+            first, here = layout.first(rank), layout.here(rank)
+            rows_WW = np.add.reduceat(count_WE, layout.firsts, axis=1)
             return cls(groups, hierarchical, None, rows_WW, count_WE[:, first : first + here], device)
         # Copy j of a row goes to group j of its expert's ranks, and there to one of its `width` ranks in turn.
         width = layout.slices // r

@@ -21,7 +21,6 @@ from torch import Tensor
 from trainrt.events import ring
 from trainrt.parallel.collectives import group_name
 from trainrt.parallel.moe.exchange import Counts
-from trainrt.parallel.moe.layout import ExpertLayout
 
 
 def hottest(count_WQ: Counts, number: int) -> list[int]:
@@ -32,20 +31,20 @@ def hottest(count_WQ: Counts, number: int) -> list[int]:
 class Lend(torch.autograd.Function):
     """The weights of some experts, from the ranks that hold them to all ranks of the group; gradients are summed back.
 
-    places: of each, the rank and the index among the experts there. Weights are stacked, or flattened with their rows.
+    seats: of each, the rank and the index among the experts there. Weights are stacked, or flattened with their rows.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, places: Sequence[tuple[int, int]], here: int, group: dist.ProcessGroup, *held: Tensor
+        ctx: Any, seats: Sequence[tuple[int, int]], here: int, group: dist.ProcessGroup, *held: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.places, ctx.here, ctx.group, ctx.shapes = places, here, group, [weight.shape for weight in held]
-        lent = [weight.new_empty((len(places), len(weight) // here, *weight.shape[1:])) for weight in held]
+        ctx.seats, ctx.here, ctx.group, ctx.shapes = seats, here, group, [weight.shape for weight in held]
+        lent = [weight.new_empty((len(seats), len(weight) // here, *weight.shape[1:])) for weight in held]
         with _recorded("broadcast", lent, group):
             started = []
             for weight, out in zip(held, lent, strict=True):
                 by_expert = weight.unflatten(0, (here, -1))
-                for part, (rank, index) in zip(out.unbind(0), places, strict=True):
+                for part, (rank, index) in zip(out.unbind(0), seats, strict=True):
                     if rank == group.rank():
                         part.copy_(by_expert[index])
                     started.append(dist.broadcast(part, group_src=rank, group=group, async_op=True))
@@ -57,11 +56,11 @@ class Lend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         # Summed in float32 at least.
         kind = torch.promote_types(grads[0].dtype, torch.float32)
-        parts = [gradient.unflatten(0, (len(ctx.places), -1)).to(kind, copy=True) for gradient in grads]
+        parts = [gradient.unflatten(0, (len(ctx.seats), -1)).to(kind, copy=True) for gradient in grads]
         with _recorded("reduce", parts, ctx.group):
             started = [
                 dist.reduce(part, group_dst=rank, group=ctx.group, async_op=True)
-                for of_weight in parts for part, (rank, _) in zip(of_weight.unbind(0), ctx.places, strict=True)
+                for of_weight in parts for part, (rank, _) in zip(of_weight.unbind(0), ctx.seats, strict=True)
             ]  # fmt: skip
             for work in started:
                 work.wait()
@@ -69,7 +68,7 @@ class Lend(torch.autograd.Function):
         for part, shape in zip(parts, ctx.shapes, strict=True):
             back = torch.zeros(shape, dtype=grads[0].dtype, device=part.device)
             by_expert = back.unflatten(0, (ctx.here, -1))
-            for (rank, index), summed in zip(ctx.places, part, strict=True):
+            for (rank, index), summed in zip(ctx.seats, part, strict=True):
                 if rank == ctx.group.rank():
                     by_expert[index] = summed
             found.append(back)
@@ -79,10 +78,3 @@ class Lend(torch.autograd.Function):
 def _recorded(name: str, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> AbstractContextManager[None]:
     size = sum(tensor.nbytes for tensor in tensors)
     return ring.span(name, kind="collective", bytes=size, group=group_name(group), waiting=True)
-
-
-def places_of(positions: Sequence[int], layout: ExpertLayout) -> list[tuple[int, int]]:
-    """The rank that holds each position, and its index there."""
-    firsts = [layout.first(rank) for rank in range(layout.ranks + 1)]
-    ranks = [max(rank for rank in range(layout.ranks) if firsts[rank] <= position) for position in positions]
-    return [(rank, position - firsts[rank]) for rank, position in zip(ranks, positions, strict=True)]

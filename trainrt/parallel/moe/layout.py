@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trainrt.errors import PlanError
 
 Orders = Mapping[str, tuple[int, ...]]
@@ -73,6 +76,16 @@ class ExpertLayout:
         """The first position that a rank holds, whole or a slice of it."""
         return rank // self.slices if self.slices > 1 else rank * self.experts // self.ranks
 
+    @property
+    def firsts(self) -> NDArray[np.int64]:
+        """The first position of each rank, where no expert is cut."""
+        return np.arange(self.ranks) * self.experts // self.ranks
+
+    def seat(self, position: int) -> tuple[int, int]:
+        """The rank that holds a position, and its index there, where no expert is cut."""
+        rank = ((position + 1) * self.ranks - 1) // self.experts
+        return rank, position - self.first(rank)
+
     def here(self, rank: int) -> int:
         """How many experts a rank holds."""
         return 1 if self.slices > 1 else self.first(rank + 1) - self.first(rank)
@@ -99,7 +112,7 @@ class ExpertLayout:
 
     def owner(self, expert: int) -> int:
         """The rank that holds an expert, where none is cut."""
-        return next(rank for rank in range(self.ranks) if expert in self.held(rank))
+        return self.seat(expert if self.order is None else self.order.index(expert))[0]
 
     @property
     def widths(self) -> list[int]:

@@ -18,7 +18,7 @@ from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.mesh import ExpertGroups
 from trainrt.parallel.moe.exchange import Counts, Exchange, gather_counts
 from trainrt.parallel.moe.flex import Beside, GatherSlices, Piece, Way
-from trainrt.parallel.moe.hot import Lend, hottest, places_of
+from trainrt.parallel.moe.hot import Lend, hottest
 from trainrt.parallel.moe.layout import ExpertLayout, Sliced, Slices
 from trainrt.parallel.moe.strategy import Chooser, Strategy
 
@@ -102,7 +102,8 @@ class Spread:
         ep, hot = self.groups.ep, hottest(count_WE, strategy.hot)
         mine_E, rest_WE = count_WE[ep.rank()], count_WE.copy()
         rest_WE[:, hot] = 0
-        lent = Lend.apply(places_of(hot, self.layout), self.layout.here(ep.rank()), ep, *held.weights)
+        seats = [self.layout.seat(position) for position in hot]
+        lent = Lend.apply(seats, self.layout.here(ep.rank()), ep, *held.weights)
         stays = np.isin(np.arange(len(mine_E)), hot).repeat(mine_E)
         stay_N, go_N = (torch.from_numpy(np.flatnonzero(rows)).to(x_ND.device) for rows in (stays, ~stays))
         here = Beside(partial(_through, held.pieces, mine_E[hot].tolist()), x_ND[stay_N], *lent)

@@ -37,7 +37,7 @@ SHARE_OF_TRIALS = 0.25
 DRIFT, WINDOW = 1.3, 8
 """The median of so many times is larger or smaller by this factor than when the strategy was chosen: it is tried again."""
 EVERY = 4
-"""Where all buckets have their strategies, one step of so many is timed."""
+"""A bucket that has its strategy is timed in one step of so many."""
 WORTH = 0.9
 """A strategy that was not tried is worth it where it is predicted to take this share of the chosen one's time."""
 FEWEST_TO_FIT, GROWTH = 2, 1.25
@@ -263,7 +263,9 @@ class Tuner:
         return {"sizes": asdict(self.sizes), "rates": asdict(self.rates), "chosen": chosen, "history": history}
 
     def restore(self, document: dict[str, Any]) -> None:
-        """Know what an earlier incarnation knew, as far as this one's strategies allow."""
+        """Know what an earlier incarnation knew, as far as this one's strategies allow; nothing of one with other rates."""
+        if document["rates"].keys() != asdict(self.rates).keys():
+            return
         self.rates = Rates(**document["rates"])
         for item in document["chosen"]:
             strategy = Strategy(**item["strategy"])
