@@ -116,7 +116,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def as_fitted(sizes: Sizes, rates: Rates) -> list[dict[str, Any]]:
-    """The measured mixture on hosts of eight such ranks. A byte inside a host, not measured, is taken to be a tenth of one between."""
+    """The measured mixture on hosts of eight such ranks. A byte inside a host is taken to be a tenth of one between."""
     rates = replace(rates, inside_byte=rates.byte / 10)
     return at_scale(rates, row_bytes=sizes.row_bytes, expert_bytes=sizes.expert_bytes, row_flops=sizes.row_flops)
 
