@@ -9,9 +9,12 @@ from trainrt.parallel.moe.strategy import PLAIN, Strategy
 
 def spread(
     model: nn.Module, name: str, ranks: int, strategy: Strategy = PLAIN, order: tuple[int, ...] | None = None, places: int = 1,
-    recomputed: bool = False,
+    recomputed: bool = False, same_rows: bool = False,
 ) -> None:  # fmt: skip
-    """Leave this rank its part of the experts `name`, which are computed by one strategy. places: ranks that a host has."""
+    """Leave this rank its part of the experts `name`, which are computed by one strategy. places: ranks that a host has.
+
+    same_rows: all ranks come with the same rows, as those of tp do.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
     from trainrt.config import MeshSize
@@ -31,4 +34,5 @@ def spread(
         chooser=lambda module, layout: Fixed(strategy),
         orders=orders,
         recomputed=recomputed,
+        tp=mesh.get_group() if same_rows else None,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.parallel.moe.spreading import spread
 from tests.ranks import run_ranks
 from trainrt.config import MoeConfig
 from trainrt.errors import PlanError
@@ -223,3 +224,34 @@ def test_what_nobody_waits_for_fills_gaps_and_is_done_in_any_case(come: bool) ->
     assert fillers == sorted(fillers)
     # In the first gap there is, or after everything.
     assert fillers[0] == (log.index("wait there 0") - 2 if not come else len(log) - 2)
+
+
+def few_rows(rank: int, rows: int) -> float:
+    """The relative error of output and gradients where the ranks of tp have so many rows together."""
+    from trainrt.parallel.moe.experts import Experts, slices_of
+    from trainrt.parallel.moe.parallel import share_of
+
+    torch.manual_seed(0)
+    dense = Experts(experts=2, hidden_size=WIDTH, intermediate_size=INNER).double()
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    count = torch.bincount(torch.arange(rows) % 2, minlength=2)
+    x, weight = (torch.randn(rows, WIDTH, dtype=torch.float64) for _ in range(2))
+    y, of_rows, *of_weights = gradients(dense, x, count, weight)
+    model = torch.nn.ModuleDict({"experts": dense})
+    layout = ExpertLayout(2, 4)
+    slices = slices_of(dense, None, layout)
+    wanted = [
+        share_of(gradient, layout, rank, slices[leaf])
+        for (leaf, _), gradient in zip(dense.named_parameters(), of_weights, strict=True)
+    ]
+    spread(model, "experts", 4, Strategy(2, 2, 1), same_rows=True)
+    found = gradients(model["experts"], x, count, weight)
+    return max(
+        float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in zip(found, [y, of_rows, *wanted], strict=True)
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 5])
+def test_ranks_of_tensor_parallelism_may_have_fewer_rows_than_they_are(rows: int) -> None:
+    assert max(run_ranks(4, few_rows, rows)) < 1e-12

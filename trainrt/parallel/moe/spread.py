@@ -58,7 +58,7 @@ class Spread:
         # Each of the ranks with the same rows sends its share of them.
         tp = self.tp
         expert_N = torch.arange(len(count_E), device=count_E.device).repeat_interleave(count_E)
-        mine_N = torch.arange(tp.rank(), len(expert_N), tp.size(), device=count_E.device)
+        mine_N = torch.arange(len(expert_N), device=count_E.device)[tp.rank() :: tp.size()]
         count_E = torch.bincount(expert_N[mine_N], minlength=len(count_E))
         x_ND = CopyToGroup.apply(x_ND, tp)
         y_ND = self._by_position(x_ND[mine_N], count_E, held)
