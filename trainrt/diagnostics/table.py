@@ -120,11 +120,12 @@ class StepTable:
         first = self.steps[keep][0] if len(self.steps) else 0
         late = self.links.step >= first
         links = Links(*(getattr(self.links, name)[late] for name in ("step", "source", "target", "bytes", "seconds")))
+        parts, communication, work = (
+            {name: table[keep] for name, table in kind.items()} for kind in (self.parts, self.communication, self.work)
+        )
         return StepTable(
-            self.steps[keep], self.roles, self.start[keep], self.seconds[keep],
-            *({name: table[keep] for name, table in kind.items()} for kind in (self.parts, self.communication, self.work)),
-            links,
-        )  # fmt: skip
+            self.steps[keep], self.roles, self.start[keep], self.seconds[keep], parts, communication, work, links
+        )
 
 
 def roles_of(mesh: Mapping[str, int], hosts: Sequence[str], coordinates: Sequence[Mapping[str, int]]) -> Roles:
