@@ -81,7 +81,7 @@ class Spread:
         def compute(x_ND: Tensor) -> Tensor:
             return self._mixed(choice.strategy, x_ND, count_WE, held)
 
-        return compute(x_ND) if choice.times is None else choice.times.take(compute, x_ND)
+        return compute(x_ND) if choice.times is None else choice.times.take(compute, x_ND, held.weights)
 
     def _mixed(self, strategy: Strategy, x_ND: Tensor, count_WE: Counts, held: Held) -> Tensor:
         parts = list(zip(held.names, held.weights, strict=True))

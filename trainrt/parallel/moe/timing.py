@@ -7,7 +7,7 @@ its own. So the longest time of all ranks is that of the mixture.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainrt.parallel.collectives import all_reduce
 
 
 class Stopwatch:
-    """Seconds from `start` to `stop`, of what was asked of a device in between. On a GPU the host does not wait for it."""
+    """Seconds from the first mark to the last, of what was asked of a device in between. On a GPU the host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -34,8 +34,8 @@ class Stopwatch:
             self._moments.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """Between the first two marks. Waits for them on a GPU."""
-        start, stop = self._moments[:2]
+        """Between the first mark and the last. Waits for them on a GPU."""
+        start, stop = self._moments[0], self._moments[-1]
         if self._cuda:
             stop.synchronize()
             return float(start.elapsed_time(stop)) / 1e3
@@ -50,8 +50,9 @@ class Times:
     forward: list[Stopwatch] = field(default_factory=list)
     backward: list[Stopwatch] = field(default_factory=list)
 
-    def take(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """What `compute` makes of `x`, timed; backward from the gradient of the result to that of `x`."""
+    def take(self, compute: Callable[[Tensor], Tensor], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """What `compute` makes of `x`, timed; backward from the gradient of the result to the last of those of `x` and of the
+        weights, which come after it where weights were gathered."""
         forward, backward = Stopwatch(x.device), Stopwatch(x.device)
         forward.mark()
         y = compute(x)
@@ -65,8 +66,9 @@ class Times:
 
             def ends(_: Tensor) -> None:
                 backward.mark()
-                self.backward.append(backward)
 
             y.register_hook(begins)
-            x.register_hook(ends)
+            for tensor in (x, *(weight for weight in weights if weight.requires_grad)):
+                tensor.register_hook(ends)
+            x.register_hook(lambda _: self.backward.append(backward))
         return y
