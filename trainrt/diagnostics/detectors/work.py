@@ -1,0 +1,80 @@
+"""Work that is unevenly spread over healthy hardware: long sequences, busy experts, a heavy stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainrt.diagnostics.detectors.finding import Finding
+from trainrt.diagnostics.detectors.window import Window, nan_median
+from trainrt.diagnostics.table import Numbers
+
+LEAST_SHARE = 0.01
+"""Of a step: what even work would save."""
+LEAST_STAGE = 0.03
+LASTING = 0.75
+MOST_OF_IT = 0.5
+"""Where one rank has the most work in so many steps, it is named."""
+CAUSES = {
+    "tokens": ("sequence_imbalance", "tokens"),
+    "squares": ("sequence_imbalance", "squared sequence lengths"),
+    "rows": ("expert_imbalance", "rows for its experts"),
+}
+
+
+def uneven_work(window: Window) -> Iterator[Finding]:
+    """What differs between peers because their work does: it would go if the same work were spread evenly."""
+    for name in window.slopes:
+        more = window.more_work(name)
+        uneven = more - more.mean(1, keepdims=True)
+        saved = uneven.max(1)
+        share = float(np.median(saved) / np.median(window.seconds))
+        lasts = np.mean(saved > LEAST_SHARE * window.seconds) >= LASTING
+        if share < LEAST_SHARE or not lasts:
+            continue
+        cause, what = CAUSES[name]
+        busiest = np.bincount(uneven.argmax(1), minlength=window.roles.ranks)
+        one = int(busiest.argmax())
+        named = [one] if window.roles.ranks > 2 and busiest[one] >= MOST_OF_IT * len(more) else []
+        most = float(np.median(saved) / window.scale)
+        evidence = [
+            f"compute follows the {what} of a rank: {window.slopes[name]:.3g} s for each",
+            f"the rank with most of it computes {most:.1%} longer than it would with an even share",
+        ]
+        if named:
+            evidence.append(f"in {busiest[one] / len(more):.0%} of the steps that is rank {one}")
+        yield Finding(
+            cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven if not named else uneven[:, named],
+        )  # fmt: skip
+
+
+def heavy_stage(window: Window) -> Iterator[Finding]:
+    """A stage of the pipeline that computes longer than the mean stage, in every replica alike."""
+    stage = window.roles.coordinates.get("pp")
+    if stage is None:
+        return
+    seconds = window.stage_seconds
+    heaviest, mean = int(seconds.argmax()), float(seconds.mean())
+    effect = float(seconds[heaviest] / mean - 1)
+    by_step = np.stack([nan_median(window.compute[:, stage == index], axis=1) for index in range(len(seconds))], 1)
+    lasts = np.mean(by_step[:, heaviest] > (1 + effect / 2) * by_step.mean(1)) >= LASTING
+    if effect < LEAST_STAGE or not lasts:
+        return
+    ranks = np.flatnonzero(stage == heaviest)
+    removed: Numbers = np.nan_to_num(window.compute[:, ranks]) * (1 - mean / seconds[heaviest])
+    evidence = [
+        f"stage {heaviest} of {len(seconds)} computes {seconds[heaviest]:.3g} s a step, the mean stage {mean:.3g} s",
+        "it does so in every replica: the work is heavier, not the hardware slower",
+    ]
+    yield Finding(
+        "stage_imbalance",
+        "stage",
+        ranks.tolist(),
+        [],
+        effect,
+        effect / LEAST_STAGE,
+        evidence,
+        removed=removed,
+        stage=heaviest,
+    )
