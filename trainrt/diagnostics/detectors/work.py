@@ -15,7 +15,7 @@ LEAST_SHARE = 0.01
 LEAST_STAGE = 0.03
 LASTING = 0.75
 MOST_OF_IT = 0.5
-"""Where one rank has the most work in so many steps, it is named."""
+"""Ranks that have so much of what is too much in the mean over steps are named."""
 CAUSES = {
     "tokens": ("sequence_imbalance", "tokens"),
     "squares": ("sequence_imbalance", "squared sequence lengths"),
@@ -34,19 +34,16 @@ def uneven_work(window: Window) -> Iterator[Finding]:
         if share < LEAST_SHARE or not lasts:
             continue
         cause, what = CAUSES[name]
-        busiest = np.bincount(uneven.argmax(1), minlength=window.roles.ranks)
-        one = int(busiest.argmax())
-        named = [one] if window.roles.ranks > 2 and busiest[one] >= MOST_OF_IT * len(more) else []
+        always = uneven.mean(0)
+        named = np.flatnonzero(always > max(MOST_OF_IT * float(saved.mean()), always.max() / 2)).tolist()
         most = float(np.median(saved) / window.scale)
         evidence = [
             f"compute follows the {what} of a rank: {window.slopes[name]:.3g} s for each",
             f"the rank with most of it computes {most:.1%} longer than it would with an even share",
         ]
         if named:
-            evidence.append(f"in {busiest[one] / len(more):.0%} of the steps that is rank {one}")
-        yield Finding(
-            cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven if not named else uneven[:, named],
-        )  # fmt: skip
+            evidence.append(f"it is always the same ones: {', '.join(map(str, named[:8]))}{' ...' if len(named) > 8 else ''}")
+        yield Finding(cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven)
 
 
 def heavy_stage(window: Window) -> Iterator[Finding]:
