@@ -27,6 +27,7 @@ AXES = ("tp", "fsdp", "dp", "cp", "pp", "ep", "world")
 WORK = ("tokens", "squares", "rows")
 """Tokens, the sum of the squared lengths of sequences, and rows that experts computed here."""
 COMPUTE = ("forward", "backward", "optimizer")
+EXPERT_AXES = ("ep", "efsdp")
 
 SUMMARY = np.dtype(
     [("step", "<u4"), ("rank", "<u4"), ("incarnation", "<u4"), ("start", "<f8"), ("seconds", "<f4")]
@@ -49,20 +50,49 @@ class Roles:
         return len(self.host)
 
     def groups(self, axis: str) -> Indices:
-        """For each rank, the number of its group along an axis: ranks that differ in this coordinate alone."""
+        """For each rank, the number of its group along an axis: ranks that differ in this coordinate alone.
+
+        Experts see the ranks of a stage as efsdp * ep: where the dense axes alone tell all ranks apart, ep and efsdp are no axes
+        beside them but the same ranks once more.
+        """
         if axis == "world":
             return np.zeros(self.ranks, dtype=np.int64)
-        others = [self.coordinates[name] for name in sorted(self.coordinates) if name != axis]
-        if axis not in self.coordinates or not others:
-            return np.arange(self.ranks) if axis not in self.coordinates else np.zeros(self.ranks, dtype=np.int64)
-        return np.unique(np.stack(others), axis=1, return_inverse=True)[1].reshape(-1)
+        if axis not in self.coordinates:
+            return np.arange(self.ranks)
+        dense = {name: place for name, place in self.coordinates.items() if name not in EXPERT_AXES}
+        folded = np.prod([place.max() + 1 for place in dense.values()]) == self.ranks
+        if folded and axis in EXPERT_AXES:
+            return self._expert_groups(axis)
+        among = dense if folded else self.coordinates
+        others = [among[name] for name in sorted(among) if name != axis]
+        return _numbered(others) if others else np.zeros(self.ranks, dtype=np.int64)
+
+    def _expert_groups(self, axis: str) -> Indices:
+        """ep varies fastest: the n-th rank of a stage with some place on ep is in the n-th group. efsdp: of one place."""
+        stage = self.coordinates.get("pp", np.zeros(self.ranks, dtype=np.int64))
+        if axis == "efsdp":
+            return _numbered([stage, self.coordinates.get("ep", np.zeros_like(stage))])
+        same = _numbered([stage, self.coordinates["ep"]])
+        order = np.argsort(same, kind="stable")
+        counts = np.bincount(same)
+        turn = np.empty_like(order)
+        turn[order] = np.arange(self.ranks) - np.repeat(np.cumsum(counts) - counts, counts)
+        return _numbered([stage, turn])
 
     def peers(self) -> Indices:
         """For each rank, the number of its role: ranks that do the same work on other data."""
         alike = [self.coordinates[name] for name in ("pp", "tp", "cp") if name in self.coordinates]
         if not alike:
             return np.zeros(self.ranks, dtype=np.int64)
-        return np.unique(np.stack(alike), axis=1, return_inverse=True)[1].reshape(-1)
+        return _numbered(alike)
+
+
+def _numbered(places: Sequence[Indices]) -> Indices:
+    """For each rank, the number of its tuple of coordinates, in the order of tuples."""
+    key = np.zeros(len(places[0]), dtype=np.int64)
+    for place in places:
+        key = key * (place.max(initial=0) + 1) + place
+    return np.unique(key, return_inverse=True)[1].reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
