@@ -16,9 +16,10 @@ _LAZY = {
     "convert": "trainrt.checkpoint.convert",
     "Pipeline": "trainrt.training.pipeline",
     "predict": "trainrt.training.predict",
+    "diagnose": "trainrt.diagnostics.diagnose",
 }
 
-__all__ = ["Pipeline", "convert", "launch", "plan", "predict"]
+__all__ = ["Pipeline", "convert", "diagnose", "launch", "plan", "predict"]
 
 
 def __getattr__(name: str) -> Any:

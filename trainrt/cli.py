@@ -75,6 +75,16 @@ def stop(run_dir: RunDirectory) -> None:
 
 
 @app.command()
+def evict(
+    run_dir: RunDirectory, host: Annotated[str, typer.Argument(help="A host of the run, as verdicts name it.")]
+) -> None:
+    """Ask a run to go on without a host: a spare one takes its ranks, or the mesh shrinks."""
+    from trainrt.launch.control import evict as ask
+
+    print(ask(run_dir, host))
+
+
+@app.command()
 def plan(
     source: Annotated[Path, typer.Argument(help="A job, or a model directory.", metavar="CONFIG.toml|HF_CONFIG_DIR")],
     nodes: Annotated[int | None, typer.Option(help="Nodes (cluster.nodes).")] = None,
@@ -210,6 +220,24 @@ def dashboard(
     from trainrt.diagnostics.dashboard import serve
 
     serve(run_dir, host=host, port=port, token=token)
+
+
+@app.command()
+def diagnose(
+    source: Annotated[
+        Path, typer.Argument(help="A run directory, or a trace (.csv, .parquet).", metavar="RUN_DIR|TRACE")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what is slow, why, what it costs, and what to do."""
+    from trainrt.diagnostics.diagnose import diagnose as run
+    from trainrt.diagnostics.words import lines
+
+    document = run(source)
+    if as_json:
+        _print_json(document)
+    else:
+        print("\n".join(lines(document)))
 
 
 def _leave(code: int) -> NoReturn:

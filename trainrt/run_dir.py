@@ -41,6 +41,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.stop_request = self.path / "stop"
+        self.evict_request = self.path / "evict"
         # Rank 0 writes each metrics line here before it reports it, so that none goes with its node.
         self.metrics_journal = self.path / ".metrics.jsonl"
         self._lock_fd: int | None = None

@@ -52,7 +52,7 @@ ADVICE = {
 def detect(table: StepTable) -> Diagnosis:
     """Diagnose the steps of one incarnation."""
     heard = np.isfinite(table.seconds)
-    table = _only(table, heard.mean(1) >= LEAST_HEARD)
+    table = table.only(heard.mean(1) >= LEAST_HEARD)
     if len(table.steps) < FEWEST_STEPS:
         return _unknown(table, f"{len(table.steps)} steps of which most ranks said something; it takes {FEWEST_STEPS}")
     window = Window.of(table)
@@ -78,17 +78,6 @@ def detect(table: StepTable) -> Diagnosis:
         {"M_W": slowest_workers(window), "M_S": last_stage(window)}, verdicts,
         int(table.steps[0]), int(table.steps[-1]), notes,
     )  # fmt: skip
-
-
-def _only(table: StepTable, keep: np.ndarray) -> StepTable:
-    if keep.all():
-        return table
-    parts, communication, work = (
-        {name: values[keep] for name, values in kind.items()} for kind in (table.parts, table.communication, table.work)
-    )
-    return StepTable(
-        table.steps[keep], table.roles, table.start[keep], table.seconds[keep], parts, communication, work, table.links
-    )
 
 
 def _unknown(table: StepTable, why: str) -> Diagnosis:

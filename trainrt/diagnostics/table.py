@@ -144,15 +144,15 @@ class StepTable:
             links or Links.none(),
         )  # fmt: skip
 
-    def last(self, number: int) -> StepTable:
-        """The last steps."""
-        keep = slice(max(0, len(self.steps) - number), None)
-        first = self.steps[keep][0] if len(self.steps) else 0
-        late = self.links.step >= first
-        links = Links(*(getattr(self.links, name)[late] for name in ("step", "source", "target", "bytes", "seconds")))
+    def only(self, keep: NDArray[np.bool_]) -> StepTable:
+        """The steps that are kept, (S,)."""
+        if keep.all():
+            return self
         parts, communication, work = (
             {name: table[keep] for name, table in kind.items()} for kind in (self.parts, self.communication, self.work)
         )
+        meant = np.isin(self.links.step, self.steps[keep])
+        links = Links(*(getattr(self.links, name)[meant] for name in ("step", "source", "target", "bytes", "seconds")))
         return StepTable(
             self.steps[keep], self.roles, self.start[keep], self.seconds[keep], parts, communication, work, links
         )

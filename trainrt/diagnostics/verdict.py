@@ -65,3 +65,11 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Diagnosis:
+        verdicts = [
+            Verdict(**{**verdict, "culprits": [Culprit(**culprit) for culprit in verdict["culprits"]]})
+            for verdict in document["verdicts"]
+        ]
+        return cls(**{**document, "verdicts": verdicts})

@@ -1,4 +1,4 @@
-"""`trainrt status` and `trainrt stop`: over files of the run directory, so from any host that shares it."""
+"""`trainrt status`, `stop` and `evict`: over files of the run directory, so from any host that shares it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainrt.errors import RunDirError, TrainrtError
+from trainrt.errors import RunDirError, TrainrtError, nearest
 from trainrt.launch.record import Folder, Record
-from trainrt.run_dir import RunDir
+from trainrt.run_dir import RunDir, replace
 
 STOP_SECONDS = 600.0
 SIGN_OF_LIFE_SECONDS = 10.0
@@ -61,6 +61,21 @@ def stop(path: str | Path, *, timeout_seconds: float = STOP_SECONDS) -> str:
         folder.forget_cluster()
         return f"{run_dir}: what a dead driver had left behind is ended; the newest checkpoint stays"
     return f"{run_dir}: {document.get('state')} at step {document.get('step')}"
+
+
+def evict(path: str | Path, host: str) -> str:
+    """Ask a run to go on without a host, after the step that it is at. Returns what was asked.
+
+    Raises RunDirError where there is no run, where none is live, or where it has no such host.
+    """
+    run_dir = existing(path)
+    if not run_dir.locked():
+        raise RunDirError(f"{run_dir} is not running: there is nothing to evict {host} from")
+    hosts = sorted({process["node"] for process in (run_dir.read_cluster() or {"processes": []})["processes"]} - {None})
+    if host not in hosts:
+        raise RunDirError(f"{host}: no host of {run_dir}; allowed: {', '.join(hosts)}{nearest(host, hosts)}")
+    replace(run_dir.evict_request, host)
+    return f"{run_dir}: goes on without {host} after this step; incidents.jsonl says when it has"
 
 
 def _end_stores(folder: Folder) -> None:

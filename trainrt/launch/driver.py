@@ -20,11 +20,13 @@ from typing import Any
 
 from trainrt.errors import ConfigError, PlanError, TrainrtError, UserError
 from trainrt.launch.dashboard import Dashboard
+from trainrt.launch.eviction import Eviction, Evictions
 from trainrt.launch.ground import Code, Ground
 from trainrt.launch.hangs import Ask, Verdict, Watch
 from trainrt.launch.head import HeadWatch, succeed
 from trainrt.launch.incarnation import Incarnation, Planner
 from trainrt.launch.incidents import Incident, Ledger
+from trainrt.launch.inspection import Inspector
 from trainrt.launch.logs import LogMonitor
 from trainrt.launch.machine import (
     Diagnosing,
@@ -112,12 +114,17 @@ class Driver:
         self.watch = Watch(least_seconds=self.config.diagnostics.hang_seconds)
         self.stop: StopAsked | None = None
         self.growing = False
+        self.leaving: Eviction | None = None
         self.looked_for_nodes = 0.0
         self.checkpoint: str | None = None
         self.entropy: float | None = None
         self.last_metrics: dict[str, Any] | None = None
         self.dashboard: Dashboard | None = None
         self.logs: LogMonitor | None = None
+        self.inspector: Inspector | None = None
+        self.evictions = Evictions(
+            self.run_dir, automatic=self.config.diagnostics.evict == "automatic", tell=terminal.line
+        )
         self.head: HeadWatch | None = None
         self.now_running: Incarnation | None = None
         folder = Folder(self.run_dir)
@@ -142,6 +149,7 @@ class Driver:
                     if isinstance(state, (Starting, Running, Recovering)):
                         state = self._guarded(lambda state=state: self._look_for_hangs(state), state)
                     self._look_for_nodes(state)
+                    self._look_for_evictions(state)
                     if isinstance(state, Diagnosing):
                         state = self._guarded(lambda state=state: self._diagnose(state), state)
             finally:
@@ -395,6 +403,8 @@ class Driver:
     def _recovered(self) -> None:
         """Steps are being completed (again)."""
         self.ledger.stepped()
+        if self.inspector is None:
+            self.inspector = Inspector(self.run_dir, tell=self.terminal.line)
         if self.dashboard is None and self.config.diagnostics.dashboard:
             self.dashboard = Dashboard(self.run_dir, port=self.config.diagnostics.port)
             self.terminal.line(f"live page: {self.dashboard.address}")
@@ -432,7 +442,7 @@ class Driver:
         if outcomes == {"finished"}:
             return Finished(f"finished at step {step}")
         if self.stop is None:
-            return self._grow()
+            return self._grow() if self.leaving is None else self._evict(self.leaving)
         return Interrupted(f"{self.stop.reason}: stopped at step {step} with a checkpoint", self.stop.exit_code)
 
     # Growing again.
@@ -456,6 +466,39 @@ class Driver:
         message = f"went on with {', '.join(nodes) or 'the same nodes'}"
         self.ledger.open(Incident("node_loss", message, at, nodes=nodes, step=running.completed, action="grow"))
         write_json(self.run_dir.plan, running.plan.to_json())
+        self.run_dir.take_journal()
+        self._order()
+        return Recovering(at)
+
+    # Evictions.
+
+    def _look_for_evictions(self, state: State) -> None:
+        """Where a host is to leave: all ranks stop after their step, and are seated anew."""
+        if not isinstance(state, Running) or self.stop is not None or self.growing or self.leaving is not None:
+            return
+        newest = None if self.inspector is None else self.inspector.newest
+        self.leaving = self.evictions.wanted(newest, hosts=self.ground.fleet.nodes, now=time.monotonic())
+        if self.leaving is not None:
+            self.terminal.line(f"evict host={self.leaving.host}: all ranks stop after this step, and go on without it")
+            self.ground.fleet.call_all("stop")
+
+    def _evict(self, leaving: Eviction) -> State:
+        """All ranks stopped, their state is in memory and on disk: go on without a host."""
+        running, at = self._running(), time.monotonic()
+        incident = Incident(
+            "node_loss", f"{leaving.host} was evicted: {leaving.why}", at, ranks=list(leaving.ranks), nodes=[leaving.host],
+            step=running.completed,
+        )  # fmt: skip
+        try:
+            incident.action = running.evict(leaving.host, check=self._check_start)
+            write_json(self.run_dir.plan, running.plan.to_json())
+        except PlanError as error:
+            incident.action, incident.message = (
+                "skip",
+                f"{leaving.host} was not evicted, the mesh cannot shrink: {error}",
+            )
+        self.evictions.done(at)
+        self.ledger.open(incident)
         self.run_dir.take_journal()
         self._order()
         return Recovering(at)
@@ -559,7 +602,7 @@ class Driver:
     def _order(self) -> None:
         """Order the next incarnation from the newest state there is."""
         running = self._running()
-        self.growing = False
+        self.growing, self.leaving = False, None
         try:
             origin, steps_lost = running.order()
         except TrainrtError:
@@ -623,6 +666,8 @@ class Driver:
             self.head.close()
         self.status.set(message="ending")
         self.ledger.end()
+        if self.inspector is not None:
+            self.inspector.close()
         if self.dashboard is not None:
             self.dashboard.close()
         self.ground.close()
@@ -633,6 +678,7 @@ class Driver:
         self.run_dir.take_journal()
         self.run_dir.compact_metrics()
         self.run_dir.stop_request.unlink(missing_ok=True)
+        self.run_dir.evict_request.unlink(missing_ok=True)
         if isinstance(state, Final):
             self.status.set(state=published(state), message=state.message)
         else:

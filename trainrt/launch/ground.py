@@ -151,6 +151,11 @@ class Ground:
         self.fleet.forget(node)
         self.stores.retire(node)
 
+    def evict(self, node: str) -> None:
+        """Leave a node that is alive: its workers end before anybody else takes their ranks."""
+        self.fleet.call("end_workers", {node: ()}, at_once=True)
+        self.lose(node)
+
     # Going down.
 
     def close(self) -> None:

@@ -140,6 +140,30 @@ class Incarnation:
         self._seat()
         return action
 
+    def evict(self, node: str, *, check: Callable[[], None]) -> str:
+        """Seat the ranks of a node that is alive elsewhere; its store may still answer. Returns the action: replace or shrink.
+
+        A spare node just goes. Raises PlanError where too few nodes would be left for any mesh: then nothing has changed.
+        """
+        if node in self._spares:
+            self._spares.remove(node)
+            self._ground.evict(node)
+            return "skip"
+        before, spare = list(self._nodes), self._take_spare(check=check)
+        position = self._nodes.index(node)
+        if spare is not None:
+            self._nodes[position] = spare
+        else:
+            del self._nodes[position]
+            try:
+                self._fit()
+            except PlanError:
+                self._nodes = before
+                raise
+        self._ground.evict(node)
+        self._seat()
+        return "replace" if spare is not None else "shrink"
+
     @property
     def incomplete(self) -> bool:
         """Whether it runs on fewer nodes than the job asks for."""

@@ -42,7 +42,9 @@ def uneven_work(window: Window) -> Iterator[Finding]:
             f"the rank with most of it computes {most:.1%} longer than it would with an even share",
         ]
         if named:
-            evidence.append(f"it is always the same ones: {', '.join(map(str, named[:8]))}{' ...' if len(named) > 8 else ''}")
+            evidence.append(
+                f"it is always the same ones: {', '.join(map(str, named[:8]))}{' ...' if len(named) > 8 else ''}"
+            )
         yield Finding(cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven)
 
 
