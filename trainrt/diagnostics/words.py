@@ -18,8 +18,8 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
     yield STATES[document["state"]]
     if document["step_seconds"] is not None and document["ideal_step_seconds"] is not None:
         yield (
-            f"A step takes {document['step_seconds']:.3g} s, and would take {document['ideal_step_seconds']:.3g} s without what is "
-            f"named below ({document['slowdown']:.2f} times as fast)."
+            f"A step takes {document['step_seconds']:.3g} s. Without what is named below it would take "
+            f"{document['ideal_step_seconds']:.3g} s ({document['slowdown']:.2f} times as fast)."
         )
     for number, verdict in enumerate(document["verdicts"], 1):
         yield ""
