@@ -1,0 +1,86 @@
+"""Who the waiting of one step goes back to, from the arrivals of all ranks at all collectives.
+
+In a collective everybody waits for the member that comes last. Where that one is late only because it waited for somebody else
+before, it is a victim too: seconds go back to the rank that lost them by itself. Legend: R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainrt.diagnostics.table import Numbers
+
+NEVER = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """One collective of one group: for each member when it arrived and when it was over, on one clock, in seconds.
+
+    base: what its transfer usually takes.
+    """
+
+    name: str
+    ranks: Sequence[int]
+    arrivals: Sequence[float]
+    ends: Sequence[float]
+    base: float = 0.0
+
+    @property
+    def lateness_share(self) -> float:
+        """P = (Tmax - Tmin) / (Tmax - Tbase): near 1 a member came late, near 0 the transfer itself was slow."""
+        seconds = np.subtract(self.ends, self.arrivals)
+        longest, shortest = float(seconds.max()), float(seconds.min())
+        beyond = longest - self.base
+        return min(1.0, (longest - shortest) / beyond) if beyond > NEVER else 0.0
+
+    @property
+    def last(self) -> int:
+        """The rank that came last."""
+        return self.ranks[int(np.argmax(self.arrivals))]
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """seconds: that others waited because of a rank, by rank, (R,). waited: that each rank waited, (R,)."""
+
+    seconds: Numbers
+    waited: Numbers
+
+    @property
+    def share(self) -> Numbers:
+        """Of all waiting."""
+        return self.seconds / max(float(self.waited.sum()), NEVER)
+
+
+def origins(meetings: Sequence[Meeting], ranks: int) -> Origins:
+    """Follow the meetings of a step in the order in which they took place.
+
+    Each rank carries debts: for whom, and how long, it was held up so far. What all members of a group owe alike makes none of
+    them late. The lateness of the last is paid from its debts first; the rest is its own. Quadratic in ranks.
+    """
+    debts = np.zeros((ranks, ranks))
+    caused, waited = np.zeros(ranks), np.zeros(ranks)
+    for meeting in sorted(meetings, key=lambda m: max(m.arrivals)):
+        members, arrivals = np.asarray(meeting.ranks), np.asarray(meeting.arrivals)
+        last = int(arrivals.argmax())
+        late = float(arrivals[last] - arrivals.min())
+        if late <= NEVER:
+            continue
+        reason = debts[members[last]] - debts[members].min(0)
+        owed = float(reason.sum())
+        if owed > late:
+            reason *= late / owed
+        else:
+            reason[members[last]] += late - owed
+        waits = arrivals[last] - arrivals
+        shares = waits[:, None] * (reason / late)
+        caused += shares.sum(0)
+        waited[members] += waits
+        debts[members] += shares
+        # The last one itself is as late as it is by its own doing, for whomever it meets next.
+        debts[members[last], members[last]] += float(reason[members[last]])
+    return Origins(caused, waited)
