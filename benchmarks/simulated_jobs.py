@@ -12,14 +12,15 @@ Legend: S steps, R ranks, M microbatches; P stages, D data ranks (dp by fsdp), C
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.simulated_noise import residuals
+from benchmarks.simulated_noise import one_off, packed_squares, residuals
 from benchmarks.simulated_pipeline import pipeline
 from trainrt.diagnostics.table import PARTS, WORK, Links, Roles, StepTable
 from trainrt.parallel.mesh import MeshSize, coordinates
@@ -41,16 +42,18 @@ EPOCH = 1.8e9
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """scale: of the residuals. chips: standard deviation of what a rank always is. transfers: of log-seconds.
+    """scale: of the residuals. chips, hosts: standard deviation of what a rank and a host always are. transfers, own: of the
+    log-seconds of transfers and of parts that are no compute.
 
     jitter: one-off stalls a rank and step (0.01 to 1 s, in forward); drift: amplitude of the slow common wave of compute.
     """
 
     scale: float = 1.0
     chips: float = 0.005
+    hosts: float = 0.002
     transfers: float = 0.03
     own: float = 0.05
-    jitter: float = 0.0
+    jitter: float = 1e-5
     drift: float = 0.01
     drift_steps: int = 2000
     file: Path | None = None
@@ -58,15 +61,17 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """tokens: of a microbatch. documents: "fixed" (one of `tokens`), or "packed" (heavy-tailed lengths that fill it).
+    """tokens: of a microbatch. documents: "fixed" (`pieces` of equal length), "packed" (heavy-tailed lengths that fill it) or
+    "level" (as packed, each microbatch with the mean of the squares).
 
-    attention: seconds of a document of `tokens` over those of its tokens. experts: seconds of balanced experts over those of tokens.
+    attention: seconds of one document of `tokens` over those of its tokens. experts: seconds of balanced experts over the same.
     """
 
     mesh: MeshSize
     microbatches: int = 8
     tokens: int = 8192
     documents: str = "fixed"
+    pieces: int = 1
     attention: float = 0.25
     experts: float = 0.5
     ranks_per_host: int = 8
@@ -106,10 +111,11 @@ class Job:
 class Conditions:
     """What is not as it should be. Arrays broadcast to (S, R) unless said; seconds add to a step, factors multiply.
 
-    compute: factor of own compute. stage: factor of compute, (P,). squares: factor of the sum of squared lengths. rows: factor of
+    compute: factor of own compute. stage: the same by stage, (P,). squares: factor of the sum of squared lengths. rows: factor of
     the rows of experts. stall: seconds inside forward, in one microbatch. collections: the same, told as garbage_collection.
-    data, other, snapshot, checkpoint: seconds. links: factor of transfer seconds, by pair of hosts, (S,) or a number; nics: by host.
-    network: of all transfers between hosts. clock: seconds that a rank's clock is ahead, (R,). missing: not heard, (S, R).
+    data, other, snapshot, checkpoint: seconds. links: factor of transfer seconds by pair of hosts, (S,) or a number. nics: the
+    same by host. network: the same of all transfers between hosts. clock: seconds that a rank's clock is ahead, (R,). missing:
+    not heard, (S, R).
     """
 
     compute: Any = 1.0
@@ -127,7 +133,6 @@ class Conditions:
     network: Any = 1.0
     clock: Any = 0.0
     missing: Any = None
-    packed: bool | None = None
 
 
 def simulate(job: Job, steps: int, conditions: Conditions | None = None, *, seed: int, first: int = 0) -> StepTable:
@@ -140,13 +145,13 @@ class _Run:
     """One window of steps: draws, then the steps from data to optimizer, adding up what each rank did and waited for."""
 
     def __init__(self, job: Job, steps: int, conditions: Conditions, seed: int, first: int) -> None:
-        if conditions.packed is not None:
-            job = replace(job, documents="packed" if conditions.packed else "fixed")
         self.job, self.S, self.conditions, self.first = job, steps, conditions, first
         self.steps = np.arange(first, first + steps)
         self.seed = seed
         self.pool = residuals(job.noise.file) * np.float32(job.noise.scale)
-        self.chips = np.exp(self._of("chips", of_window=False).normal(0, job.noise.chips, job.ranks))
+        always = self._of("chips", of_window=False)
+        hosts = always.normal(0, job.noise.hosts, job.hosts)[np.arange(job.ranks) // job.ranks_per_host]
+        self.chips = np.exp(always.normal(0, job.noise.chips, job.ranks) + hosts)
         self.parts = {name: np.zeros((steps, job.ranks)) for name in PARTS}
         self.waits: dict[str, Array] = {}
         self.work = dict(zip(WORK, self._work(), strict=True))
@@ -172,11 +177,11 @@ class _Run:
         job, size = self.job, self.job.mesh
         count = (self.S, job.microbatches, size.data_ranks)
         whole = float(job.tokens) ** 2
-        if job.documents == "packed":
+        squares = np.full(count, whole / job.pieces)
+        if job.documents != "fixed":
             packs = packed_squares(job.tokens, np.random.default_rng(7))
-            squares = packs[self._of("documents").integers(len(packs), size=count)]
-        else:
-            squares = np.full(count, whole)
+            drawn = packs[self._of("documents").integers(len(packs), size=count)]
+            squares = drawn if job.documents == "packed" else np.full(count, packs.mean())
         places = np.broadcast_to(squares[:, :, None, :, None, None], (*count[:2], *job.shape))
         factor = self._grid(self._spread(self.conditions.squares))[:, None]
         squares = self._flat(places * factor)
@@ -192,7 +197,7 @@ class _Run:
     # Durations: what that takes.
 
     def _compute(self, name: str, scale: float) -> tuple[Array, Array]:
-        """Seconds of each microbatch before experts and in them, (S, M, R) float32; experts (S, 1, R) of zeros where there are none."""
+        """Seconds of each microbatch before experts, (S, M, R) float32, and in them: zeros, (S, 1, R), where there are none."""
         job, conditions = self.job, self.conditions
         slow = self._spread(conditions.compute) * self.chips * self._drift()[:, None]
         if conditions.stage is not None:
@@ -310,7 +315,7 @@ class _Run:
         return after
 
     def _steps(self) -> tuple[Array, Array]:
-        """From the meeting of the world in the step before: when each rank begins its step and when the world meets, (S, R), (S, 1)."""
+        """When each rank begins its step and when the world meets, (S, R) both, from its meeting in the step before."""
         size, conditions = self.job.mesh, self.conditions
         end = self._own("optimizer", 0.0, OWN["optimizer"] * self.chips)
         end = end + self._own("snapshot", conditions.snapshot, self._every(SNAPSHOT, SNAPSHOT_SECONDS))
@@ -376,29 +381,12 @@ class _Run:
         return Links(step.reshape(-1), source.reshape(-1), target.reshape(-1), amount.reshape(-1), seconds.reshape(-1))
 
 
-def host_pairs(job: Job) -> Array:
-    """Neighbours on the rings of all axes, each pair of hosts once in the order of the ring, (pairs, 2)."""
+def host_pairs(job: Job, axes: Sequence[str] = ("pp", "dp", "fsdp", "cp", "tp", "ep")) -> Array:
+    """Neighbours on the rings of axes, each pair of hosts once in the order of the ring, (pairs, 2)."""
     found = []
-    for axis in ("pp", "dp", "fsdp", "cp", "tp", "ep"):
+    for axis in axes:
         if getattr(job.mesh, axis) > 1:
             hosts = job.members(axis) // job.ranks_per_host
             found.append(np.stack([hosts, np.roll(hosts, -1, axis=1)], axis=-1).reshape(-1, 2))
     pairs = np.concatenate(found) if found else np.zeros((0, 2), dtype=np.int64)
     return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
-
-
-def packed_squares(tokens: int, random: np.random.Generator, *, packs: int = 4096) -> Array:
-    """Sums of squared lengths of documents of heavy-tailed (log-normal) lengths that fill packs of so many tokens, (packs,)."""
-    lengths = np.minimum(np.exp(random.normal(np.log(tokens / 16), 1.4, packs * 64)), tokens)
-    ends = np.cumsum(lengths)
-    cuts = np.arange(1, packs + 1) * float(tokens)
-    edges = np.unique(np.concatenate([ends[ends < cuts[-1]], cuts]))
-    pieces = np.diff(edges, prepend=0.0)
-    pack = np.minimum(((edges - 1e-6) // tokens).astype(np.int64), packs - 1)
-    return np.bincount(pack, weights=pieces**2, minlength=packs)
-
-
-def one_off(random: np.random.Generator, shape: tuple[int, ...], rate: float) -> Array:
-    """Stalls of 10 ms to 1 s, evenly in their logarithm, at a rate for each entry."""
-    long = np.exp(random.uniform(np.log(0.01), np.log(1.0), shape))
-    return np.where(random.random(shape) < rate, long, 0.0)

@@ -1,7 +1,7 @@
-"""How much the same compute varies: log-residuals over peers, drawn again for simulated ranks.
+"""How much the same work varies: log-residuals over peers, lengths of documents, stalls, to draw from for simulated ranks.
 
-Three sources: the public straggler trace of the OSDI'25 study (its directory is named by TRAINRT_TRACES), a file of residuals of
-real runs, or else quantiles of the trace's residuals, which stand below as figures.
+Residuals have three sources: the public straggler trace of the OSDI'25 study (TRAINRT_TRACES names its directory, pyarrow
+reads it), a file of residuals of real runs, or else quantiles of the trace's residuals, which stand below as figures.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _trace(directory: Path) -> dict[str, NDArray[Any]] | None:
 
 
 def over_peers(table: dict[str, NDArray[Any]], kind: str) -> NDArray[np.float64]:
-    """Log-residuals of one kind of operation: less the median of the peers of a step and stage, the rank's and the microbatch's."""
+    """Log-residuals of an operation, less the medians of the peers of a step and stage, of the rank, and of the microbatch."""
     rows = table["optype"] == kind
     axes = [np.unique(table[name][rows], return_inverse=True) for name in ("step", "stage", "dp_rank", "mb_id")]
     logs = np.full([len(values) for values, _ in axes], np.nan)
@@ -73,3 +73,20 @@ def over_peers(table: dict[str, NDArray[Any]], kind: str) -> NDArray[np.float64]
     for beside in ((2, 3), (0, 3), (0, 2)):
         logs = logs - np.nanmedian(logs, axis=beside, keepdims=True)
     return logs[~np.isnan(logs)]
+
+
+def packed_squares(tokens: int, random: np.random.Generator, *, packs: int = 4096) -> NDArray[np.float64]:
+    """Sums of squared lengths of documents of heavy-tailed (log-normal) lengths that fill packs of so many tokens, (packs,)."""
+    lengths = np.minimum(np.exp(random.normal(np.log(tokens / 16), 1.4, packs * 64)), tokens)
+    ends = np.cumsum(lengths)
+    cuts = np.arange(1, packs + 1) * float(tokens)
+    edges = np.unique(np.concatenate([ends[ends < cuts[-1]], cuts]))
+    pieces = np.diff(edges, prepend=0.0)
+    pack = np.minimum(((edges - 1e-6) // tokens).astype(np.int64), packs - 1)
+    return np.bincount(pack, weights=pieces**2, minlength=packs)
+
+
+def one_off(random: np.random.Generator, shape: tuple[int, ...], rate: float) -> NDArray[np.float64]:
+    """Stalls of 10 ms to 1 s, evenly in their logarithm, at a rate for each entry."""
+    long = np.exp(random.uniform(np.log(0.01), np.log(1.0), shape))
+    return np.where(random.random(shape) < rate, long, 0.0)
