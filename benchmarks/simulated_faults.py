@@ -26,11 +26,13 @@ NETWORK = ("dp", "fsdp")
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """One thing that is wrong. causes, actions: acceptable ones. Whom it names: ranks, hosts (all of them), or a stage; nothing
-    where all are concerned. Of a link, both hosts."""
+    """One thing that is wrong. causes, actions: acceptable ones, the best first.
 
-    causes: frozenset[str]
-    actions: frozenset[str]
+    Whom it names: ranks (any of them), hosts (all of them, of a link both), or a stage; nothing where all are concerned.
+    """
+
+    causes: tuple[str, ...]
+    actions: tuple[str, ...]
     ranks: frozenset[int] = frozenset()
     hosts: frozenset[int] = frozenset()
     stage: int | None = None
@@ -80,7 +82,7 @@ Fault = tuple[Conditions, list[Truth]]
 
 
 def _truth(causes: str, actions: str, **named: Any) -> Truth:
-    return Truth(frozenset(causes.split()), frozenset(actions.split()), **named)
+    return Truth(tuple(causes.split()), tuple(actions.split()), **named)
 
 
 def _remedy(severity: float) -> str:
@@ -225,7 +227,7 @@ def clock_skew(place: Place) -> Fault:
 
 
 def missing(place: Place, severity: float) -> Fault:
-    """1 % of the ranks are never heard, and 5 % of the others' summaries are lost; of those that are heard one is slow, or none."""
+    """1 % of the ranks are never heard, and 5 % of the others' summaries are lost; one that is heard is slow, or none."""
     conditions, told = slow_rank(place, severity) if severity else clean(place)
     lost = place.random.random((place.steps, place.job.ranks)) < 0.05
     silent = place.random.choice(place.job.ranks, max(1, place.job.ranks // 100), replace=False)
