@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import tomllib
 
 import jsonschema
@@ -11,6 +12,8 @@ import pytest
 
 from tests.reference import FOLDER, validate
 from trainrt.config import parse, to_toml
+from trainrt.diagnostics.table import SUMMARY
+from trainrt.launch.telemetry import RECORD_BYTES
 
 
 def test_every_schema_is_one() -> None:
@@ -33,3 +36,17 @@ def test_a_config_is_valid_and_a_wrong_one_is_not() -> None:
     document["run"]["stpes"] = 3
     with pytest.raises(jsonschema.ValidationError, match="stpes"):
         validate("config", document)
+
+
+def test_the_page_tells_summaries_byte_by_byte() -> None:
+    """The table of fields in run_directory.md is that of the record."""
+    page = (FOLDER / "run_directory.md").read_text()
+    told: list[tuple[str, int, str]] = []
+    for offset, number, letter, bits, names in re.findall(r"\| (\d+) \| (?:(\d+) x )?([uf])(\d+) \| (.*) \|", page):
+        listed = re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", names.partition(":")[0]))
+        assert len(listed) == int(number or 1), names
+        size = int(bits) // 8
+        told += [(name, int(offset) + size * at, f"<{letter}{size}") for at, name in enumerate(listed)]
+    fields = SUMMARY.fields
+    assert fields is not None and told == [(name, fields[name][1], fields[name][0].str) for name in SUMMARY.names or ()]
+    assert SUMMARY.itemsize == RECORD_BYTES == 112

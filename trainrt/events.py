@@ -1,30 +1,31 @@
 """The event ring: nested, timed events of one rank, written into by every room, read by diagnostics.
 
-A `span` costs two clock reads and one slot of a preallocated ring; nothing is formatted or written
-inside a step. `EventWriter.step` turns the ring into one line of `events/rank-NNNNN.jsonl` per step.
+An event costs two reads of a clock and one slot of a preallocated ring; nothing is formatted, added up or written inside a
+step. `trainrt.diagnostics` makes the step's summary of the ring, and of few steps a line of `events/rank-NNNNN.jsonl`.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple
 
 KINDS = (
-    "step", "data", "forward", "backward", "collective", "optimizer",
-    "snapshot", "checkpoint", "evaluation", "other",
+    "step", "data", "forward", "backward", "collective", "optimizer", "snapshot", "checkpoint", "evaluation", "compile",
+    "garbage_collection", "other",
 )  # fmt: skip
+NO_ROUND = -1
+"""The microbatch of what belongs to none."""
+DEVICE_KINDS = frozenset(("forward", "backward", "collective", "optimizer", "evaluation"))
+"""What is asked of a device and goes on after the call returns."""
 
 
-@dataclass(slots=True)
-class Event:
+class Event(NamedTuple):
     """One timed event. `start` is of `time.perf_counter()`; `seconds` its duration.
 
-    `waiting` says that the time went by blocked on other ranks (a collective's wait); it is what
-    self time leaves out.
+    waiting: the time went by blocked on others (a collective from this rank's arrival on). sequence: of a collective, its
+    number in its group, else -1. microbatch: the round of the step.
     """
 
     name: str
@@ -35,82 +36,113 @@ class Event:
     bytes: int
     group: str
     waiting: bool
+    sequence: int
+    microbatch: int
 
 
 class EventRing:
-    """A ring of the last `capacity` events of this rank. Written by one thread."""
+    """A ring of the last `capacity` events of this rank. Written by one thread at a time."""
 
     def __init__(self, capacity: int = 65536) -> None:
-        self._slots: list[Event | None] = [None] * capacity
-        self._written = 0
-        self._read = 0
-        self._depth = 0
-        self.dropped = 0
+        self._slots: list[Any] = [None] * capacity
+        self._written = self._read = self.dropped = 0
+        self._open: list[tuple[Any, ...]] = []
+        self._sequences: dict[str, int] = {}
+        self._mark: Callable[[str], Any] | None = None
+        self._time: Callable[[Any], float] = float
+        self.enabled = True
+        self.microbatch = NO_ROUND
+        self.rows = 0
 
-    @contextmanager
-    def span(self, name: str, *, kind: str, bytes: int = 0, group: str = "", waiting: bool = False) -> Iterator[None]:
-        """Record the time from entry to exit; spans inside it are its children."""
-        depth = self._depth
-        self._depth = depth + 1
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._depth = depth
-            event = Event(name, kind, depth, start, time.perf_counter() - start, bytes, group, waiting)
-            self._slots[self._written % len(self._slots)] = event
-            self._written += 1
+    def follow(self, mark: Callable[[str], Any], time_of: Callable[[Any], float]) -> None:
+        """Time by another clock: `mark(kind)` is a moment, of which `time_of` makes one of perf_counter when it is read."""
+        self._mark, self._time = mark, time_of
+
+    def begin(
+        self, name: str, kind: str, bytes: int = 0, group: str = "", waiting: bool = False, sequence: int = -1
+    ) -> None:
+        """An event begins; those that begin before its end are its children."""
+        if self.enabled:
+            at = time.perf_counter() if self._mark is None else self._mark(kind)
+            self._open.append((at, name, kind, bytes, group, waiting, sequence, self.microbatch))
+
+    def end(self) -> None:
+        """The innermost open event ends."""
+        if not self._open:
+            return
+        start, name, kind, bytes, group, waiting, sequence, microbatch = self._open.pop()
+        stop = time.perf_counter() if self._mark is None else self._mark(kind)
+        # A collection of garbage may record itself between any two lines that allocate: from here on none does.
+        event = (name, kind, len(self._open), start, stop, bytes, group, waiting, sequence, microbatch)
+        index = self._written
+        self._written = index + 1
+        self._slots[index % len(self._slots)] = event
+
+    def span(self, name: str, *, kind: str, bytes: int = 0, group: str = "", waiting: bool = False) -> Span:
+        """An event from entry to exit, also of what an exception leaves open inside."""
+        return Span(self, (name, kind, bytes, group, waiting))
+
+    def collective(self, name: str, *, group: str, bytes: int, sequence: int | None = None) -> Span:
+        """The wait for a collective, from this rank's arrival to the end. `sequence`: of one that was started before."""
+        number = self.next_of(group) if sequence is None else sequence
+        return Span(self, (name, "collective", bytes, group, True, number))
+
+    def next_of(self, group: str) -> int:
+        """The number of the next collective of a group, from 0; the same on all of its members."""
+        number = self._sequences.get(group, 0)
+        self._sequences[group] = number + 1
+        return number
+
+    @property
+    def depth(self) -> int:
+        return len(self._open)
+
+    @property
+    def innermost(self) -> str:
+        """The kind of the innermost open event, or nothing."""
+        return self._open[-1][2] if self._open else ""
+
+    def unwind(self, depth: int) -> None:
+        """End what is open beyond a depth."""
+        while len(self._open) > depth:
+            self.end()
 
     def drain(self) -> list[Event]:
         """The events since the last drain, in order of their ends; counts those overwritten."""
         capacity = len(self._slots)
         first = max(self._read, self._written - capacity)
         self.dropped += first - self._read
-        events = [self._slots[i % capacity] for i in range(first, self._written)]
+        found = [self._slots[index % capacity] for index in range(first, self._written)]
         self._read = self._written
-        return [event for event in events if event is not None]
+        return [
+            Event(name, kind, depth, at, self._time(stop) - at, *rest)
+            for name, kind, depth, start, stop, *rest in found
+            for at in (self._time(start),)
+        ]
+
+    def clear(self) -> None:
+        """Forget everything, for another incarnation: groups count anew."""
+        self._open.clear()
+        self._sequences.clear()
+        self._read = self._written
+        self.dropped, self.microbatch, self.rows = 0, NO_ROUND, 0
+
+
+class Span:
+    """An event as a context."""
+
+    __slots__ = ("_depth", "_ring", "_what")
+
+    def __init__(self, ring: EventRing, what: tuple[Any, ...]) -> None:
+        self._ring, self._what, self._depth = ring, what, 0
+
+    def __enter__(self) -> None:
+        self._depth = len(self._ring._open)
+        self._ring.begin(*self._what)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._ring.unwind(self._depth)
 
 
 ring = EventRing()
 """The ring of this process: a worker is one rank, so there is one."""
-
-
-class EventWriter:
-    """Appends one line a step to the events file of a rank (docs/reference/events.schema.json)."""
-
-    def __init__(self, path: Path, *, rank: int, node: str, incarnation: int, source: EventRing = ring) -> None:
-        self._file = path.open("a", buffering=1)
-        self._head = {"rank": rank, "node": node, "incarnation": incarnation}
-        self._ring = source
-        self._epoch = time.time() - time.perf_counter()
-
-    def step(self, step: int) -> dict[str, float] | None:
-        """Write what the ring holds as the line of `step`; return its three durations for the driver."""
-        events = self._ring.drain()
-        whole = [event for event in events if event.kind == "step"]
-        if not whole:
-            return None
-        start, seconds = whole[-1].start, whole[-1].seconds
-        waiting = min(seconds, sum(event.seconds for event in events if event.waiting))
-        line = {
-            "step": step,
-            **self._head,
-            "time": self._epoch + start,
-            "seconds": seconds,
-            "waiting_seconds": waiting,
-            "self_seconds": seconds - waiting,
-            "dropped": self._ring.dropped,
-            "events": [
-                {
-                    "name": event.name, "kind": event.kind, "depth": event.depth,
-                    "start": round(event.start - start, 7), "seconds": round(event.seconds, 7),
-                    "bytes": event.bytes, "group": event.group, "waiting": event.waiting,
-                }
-                for event in events
-            ],
-        }  # fmt: skip
-        self._file.write(json.dumps(line) + "\n")
-        return {"seconds": seconds, "self_seconds": seconds - waiting, "waiting_seconds": waiting}
-
-    def close(self) -> None:
-        self._file.close()

@@ -38,6 +38,8 @@ class RunDir:
         self.summaries = self.events / "summaries.bin"
         self.seats = self.events / "seats.jsonl"
         self.links = self.events / "links.jsonl"
+        # Written by whoever wants the events of steps to come: {"first": step, "last": step}.
+        self.window = self.events / "window"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.stop_request = self.path / "stop"

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.jobs import job
@@ -18,7 +19,8 @@ from tests.launches import alive, finish, launched, pids, wait_for, wait_step, w
 from tests.reference import validate
 from trainrt.checkpoint.inspect import verify
 from trainrt.config import JobConfig
-from trainrt.run_dir import RunDir
+from trainrt.diagnostics.reader import RunReader
+from trainrt.run_dir import RunDir, read_lines
 
 ONE_NODE = {"nodes": 1, "workers_per_node": 2}
 """Starts faster, where the number of nodes makes no difference."""
@@ -75,9 +77,15 @@ def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) 
     for line in run_dir.read_metrics():
         validate("metrics", line)
     assert [line["step"] for line in run_dir.read_metrics()] == list(range(1, 61))
-    for path in sorted(run_dir.events.glob("*.jsonl")):
+    for path in sorted(run_dir.events.glob("rank-*.jsonl")):
         for text in path.read_text().splitlines():
             validate("events", json.loads(text))
+    reader = RunReader(run_dir)
+    reader.refresh()
+    table, seats = reader.table(), read_lines(run_dir.seats)
+    assert table is not None and list(table.steps) == list(range(1, 61)) and not np.isnan(table.seconds).any()
+    for line in seats:
+        validate("seats", line)
     validate("plan", json.loads(run_dir.plan.read_text()))
     validate("status", status)
     assert "unigram entropy" in output and "http://127.0.0.1" in output and str(run_dir.checkpoint(60)) in output

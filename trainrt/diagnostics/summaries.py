@@ -5,44 +5,40 @@ A rank that waits looks as slow as the one it waits for; its self time does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from statistics import median
 from typing import Any
 
+import numpy as np
+
 from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.table import StepTable
 
 WINDOW_STEPS = 20
 
 
 def heatmap(reader: RunReader, *, window: int = WINDOW_STEPS) -> dict[str, Any]:
     """Median self, waiting and step seconds of each rank over its last steps, and the ratio to the median rank."""
-    cells = []
-    last = _last_incarnation(reader)
-    for rank, lines in sorted(reader.events.items()):
-        recent = [line for line in lines if line["incarnation"] == last][-window:]
-        if recent:
-            cells.append(
-                {
-                    "rank": rank,
-                    "host": recent[-1]["node"],
-                    "self_seconds": median(line["self_seconds"] for line in recent),
-                    "waiting_seconds": median(line["waiting_seconds"] for line in recent),
-                    "seconds": median(line["seconds"] for line in recent),
-                    "steps": len(recent),
-                }
-            )
-    typical = median([cell["self_seconds"] for cell in cells]) if cells else 0.0
+    table = reader.table()
+    cells = [] if table is None else _cells(table.last(window))
+    typical = float(np.median([cell["self_seconds"] for cell in cells])) if cells else 0.0
     for cell in cells:
         cell["ratio"] = cell["self_seconds"] / typical if typical else 1.0
-    return {"window_steps": window, "median_self_seconds": typical, "cells": cells, "hosts": _hosts(cells)}
+    hosts = sorted({cell["host"] for cell in cells})
+    return {"window_steps": window, "median_self_seconds": typical, "cells": cells, "hosts": hosts}
 
 
-def _last_incarnation(reader: RunReader) -> int:
-    return max((line["incarnation"] for lines in reader.events.values() for line in lines), default=0)
-
-
-def _hosts(cells: Iterable[dict[str, Any]]) -> list[str]:
-    return sorted({cell["host"] for cell in cells})
+def _cells(table: StepTable) -> list[dict[str, Any]]:
+    """One of each rank that was heard."""
+    waiting = sum(table.communication.values(), np.zeros_like(table.seconds))
+    heard = ~np.isnan(table.seconds)
+    columns = {"self_seconds": table.seconds - waiting, "waiting_seconds": waiting, "seconds": table.seconds}
+    return [
+        {
+            "rank": rank, "host": table.roles.hosts[table.roles.host[rank]],
+            **{name: float(np.nanmedian(values[:, rank])) for name, values in columns.items()},
+            "steps": int(heard[:, rank].sum()),
+        }
+        for rank in range(table.roles.ranks) if heard[:, rank].any()
+    ]  # fmt: skip
 
 
 def timeline(reader: RunReader, step: int | None = None) -> dict[str, Any]:

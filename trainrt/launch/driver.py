@@ -54,6 +54,7 @@ from trainrt.launch.reliability import Reliability
 from trainrt.launch.request import Previous, Request, look_back, write_config
 from trainrt.launch.stacks import Stack, render
 from trainrt.launch.symptoms import Error, Exit, Fault, Symptoms
+from trainrt.launch.telemetry import FLUSH_SECONDS, Telemetry
 from trainrt.launch.terminal import Terminal, next_command
 from trainrt.run_dir import now, replace, write_json
 
@@ -110,6 +111,7 @@ class Driver:
             incarnation=previous.incarnation if previous is not None else 0,
         )  # fmt: skip
         self.processes = Processes(self.run_dir)
+        self.telemetry = Telemetry(self.run_dir)
         self.patience = Patience()
         self.watch = Watch(least_seconds=self.config.diagnostics.hang_seconds)
         self.stop: StopAsked | None = None
@@ -355,6 +357,8 @@ class Driver:
                 self._on_metrics(message["line"])
             case "incident":
                 self.ledger.write({**message["incident"], "time": now()})
+            case "step":
+                self.telemetry.summary(message["summary"])
         if message["incarnation"] != self.status.fields["incarnation"]:
             return state
         self.watch.heard(rank, message, time.monotonic())
@@ -604,7 +608,7 @@ class Driver:
         running = self._running()
         self.growing, self.leaving = False, None
         try:
-            origin, steps_lost = running.order()
+            origin, steps_lost = running.order(self.telemetry)
         except TrainrtError:
             self.ledger.cannot_restore()
             raise
@@ -618,6 +622,7 @@ class Driver:
     def _housekeeping(self) -> None:
         """Lease, stop request, cluster.json, protection."""
         self.tidied_at = time.monotonic()
+        self.telemetry.flush(after=FLUSH_SECONDS)
         ground = self.ground
         if hasattr(ground, "cluster"):
             ground.folder.renew_lease()
@@ -666,6 +671,7 @@ class Driver:
             self.head.close()
         self.status.set(message="ending")
         self.ledger.end()
+        self.telemetry.flush()
         if self.inspector is not None:
             self.inspector.close()
         if self.dashboard is not None:

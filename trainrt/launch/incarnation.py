@@ -14,6 +14,7 @@ from trainrt.errors import PlanError, TrainrtError
 from trainrt.launch.ground import Ground, newest_checkpoint
 from trainrt.launch.recovery import Origin, Progress, choose_origin, largest_world, seat_ranks
 from trainrt.launch.reliability import Reliability
+from trainrt.launch.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from trainrt.parallel.plan import Plan
@@ -195,8 +196,11 @@ class Incarnation:
 
     # Orders.
 
-    def order(self) -> tuple[Origin, int]:
-        """Start the next incarnation. Returns where its state comes from, and how many completed steps are redone."""
+    def order(self, telemetry: Telemetry) -> tuple[Origin, int]:
+        """Start the next incarnation, and say who sits where.
+
+        Returns where its state comes from, and how many completed steps are redone.
+        """
         before = self.completed
         self.number += not self._abandoned
         self._abandoned = False
@@ -207,6 +211,7 @@ class Incarnation:
         self.find_seconds = time.monotonic() - began
         self.progress = Progress(self.world_size, done=self.origin.step)
         self.finished.clear()
+        self._tell_seats(telemetry)
         specs: dict[str, list[dict[str, Any]]] = {}
         for rank, node in self.seats.items():
             specs.setdefault(node, []).append(self._spec(rank, node, local_rank=len(specs.get(node, []))))
@@ -214,6 +219,12 @@ class Incarnation:
         arguments: dict[str, tuple[Any, ...]] = {node: (orders,) for node, orders in specs.items()}
         self._ground.fleet.call("start", {**arguments, **{node: ([],) for node in idle}})
         return self.origin, max(0, before - self.origin.step)
+
+    def _tell_seats(self, telemetry: Telemetry) -> None:
+        from trainrt.parallel.plan import mesh_json
+
+        mesh = mesh_json(self.plan.mesh)
+        telemetry.seats(incarnation=self.number, mesh=mesh, nodes=self.seats, first_step=self.origin.step + 1)
 
     def _find_origin(self) -> Origin:
         """Raises TrainrtError where a generation was committed once, and nothing can be restored any more."""

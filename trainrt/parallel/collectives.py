@@ -14,15 +14,19 @@ from torch import Tensor
 
 from trainrt.events import ring
 
+OF_ALL = ("default_pg", "mesh_default", "undefined", "")
+"""What torch calls the group of all ranks."""
+
 
 def group_name(group: dist.ProcessGroup) -> str:
-    """The name of a mesh axis's group, as events carry it."""
-    return group.group_desc or group.group_name
+    """The axis of the mesh that a group lies along, as events carry it; "world" of all ranks."""
+    name = group.group_desc
+    return "world" if name in OF_ALL else name.removeprefix("mesh_")
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, *, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `x` in place over the group; not differentiable."""
-    with ring.span("all_reduce", kind="collective", bytes=x.nbytes, group=group_name(group), waiting=True):
+    with ring.collective("all_reduce", group=group_name(group), bytes=x.nbytes):
         dist.all_reduce(x, op=op, group=group)
     return x
 
@@ -30,7 +34,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, *, op: Any = dist.ReduceOp.S
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Stack the equal-shaped `x` of all ranks along a new first dimension; not differentiable."""
     out = x.new_empty((group.size(), *x.shape))
-    with ring.span("all_gather", kind="collective", bytes=out.nbytes, group=group_name(group), waiting=True):
+    with ring.collective("all_gather", group=group_name(group), bytes=out.nbytes):
         dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
     return out
 
@@ -38,7 +42,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part of the sum of `x`, which has as many equal parts along its first dimension; not differentiable."""
     out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
-    with ring.span("reduce_scatter", kind="collective", bytes=x.nbytes, group=group_name(group), waiting=True):
+    with ring.collective("reduce_scatter", group=group_name(group), bytes=x.nbytes):
         if x.device.type == "cpu":
             # gloo's own is an all-reduce inside, which sends twice as much.
             parts = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -55,11 +59,11 @@ class Started:
     work: Any
     sent: Tensor
     received: Tensor
-    group: dist.ProcessGroup
+    group: str
+    sequence: int
 
     def wait(self) -> Tensor:
-        size, name = self.sent.nbytes, group_name(self.group)
-        with ring.span("all_to_all", kind="collective", bytes=size, group=name, waiting=True):
+        with ring.collective("all_to_all", group=self.group, bytes=self.sent.nbytes, sequence=self.sequence):
             self.work.wait()
         return self.received
 
@@ -70,9 +74,10 @@ class Started:
 def start_exchange(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Started:
     """Start an uneven all-to-all: the first `send[0]` rows go to rank 0 and so on; not differentiable."""
     received, sent = x_ND.new_empty((sum(receive), *x_ND.shape[1:])), x_ND.contiguous()
-    return Started(
-        dist.all_to_all_single(received, sent, receive, send, group=group, async_op=True), sent, received, group
-    )
+    name = group_name(group)
+    number = ring.next_of(name)
+    work = dist.all_to_all_single(received, sent, receive, send, group=group, async_op=True)
+    return Started(work, sent, received, name, number)
 
 
 def exchange_rows(x_ND: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -45,7 +45,7 @@ class RecordedAllGather(_Allocate, AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         size = output_tensor.nbytes
-        with ring.span("fsdp_all_gather", kind="collective", bytes=size, group=self._axis, waiting=True):
+        with ring.collective("fsdp_all_gather", group=self._axis, bytes=size):
             return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
@@ -59,7 +59,7 @@ class RecordedReduceScatter(_Allocate, ReduceScatter):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
         size = input_tensor.nbytes
-        with ring.span("fsdp_reduce_scatter", kind="collective", bytes=size, group=self._axis, waiting=True):
+        with ring.collective("fsdp_reduce_scatter", group=self._axis, bytes=size):
             return dist.reduce_scatter_single(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
@@ -82,7 +82,7 @@ class TreeReduction(_Allocate, ReduceScatter):
         """Exchange the shards instead of adding them. FSDP calls it where the axis has more than one rank."""
         arrived = torch.empty_like(input_tensor)
         size = input_tensor.nbytes
-        with ring.span("fsdp_exchange_gradients", kind="collective", bytes=size, group=self._axis, waiting=True):
+        with ring.collective("fsdp_exchange_gradients", group=self._axis, bytes=size):
             dist.all_to_all_single(arrived, input_tensor, group=group)
         self._arrived = arrived.view(group.size(), -1)
 

@@ -18,7 +18,6 @@ from trainrt.checkpoint.together import fill_together, open_together
 from trainrt.checkpoint.universal import Universal
 from trainrt.config import JobConfig, MeshSize, load
 from trainrt.errors import CheckpointError
-from trainrt.events import EventWriter
 from trainrt.parallel.mesh import Groups, make_groups
 from trainrt.parallel.plan import Plan
 from trainrt.run_dir import RunDir
@@ -30,6 +29,7 @@ from trainrt.training.manifest import constant_metadata
 from trainrt.training.models.build import whole_model
 from trainrt.training.pipeline import Pipeline, SampleSource, load_pipeline, loss_function
 from trainrt.training.planning import meta_model, place
+from trainrt.training.recorder import Recorder
 from trainrt.training.snapshots import Snapshots
 from trainrt.training.state import Snapshotter, restore
 
@@ -75,7 +75,7 @@ class Job:
     validation: SampleSource | None
     corpus_digest: str | None
     snapshots: Snapshots
-    events: EventWriter
+    recorder: Recorder
     done: int
     constants: dict[str, Any]
     integrity: Integrity
@@ -104,11 +104,11 @@ class Job:
         snapshotter = Snapshotter(engine)
         store = connect_store(spec, snapshotter)
         clock.phase("restore")
-        events = EventWriter(run_dir.events_of(spec.rank), rank=spec.rank, node=spec.node, incarnation=spec.incarnation)
+        recorder = Recorder(run_dir, rank=spec.rank, node=spec.node, incarnation=spec.incarnation, device=groups.device)
         constants = constant_metadata(spec.run_id, config, pipeline=pipeline, plan=plan)
         return cls(
             spec=spec, constants=constants, config=config, run_dir=run_dir, pipeline=pipeline, plan=plan, engine=engine,
-            train=train, validation=validation, corpus_digest=digest, events=events,
+            train=train, validation=validation, corpus_digest=digest, recorder=recorder,
             snapshots=Snapshots(config, snapshotter, store, mtbf_seconds=spec.mtbf_seconds), done=done,
             integrity=Integrity(config, engine, run_dir, done=done),
         )  # fmt: skip

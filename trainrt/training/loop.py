@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from base64 import b64encode
 from typing import Any
 
 import torch
@@ -32,27 +33,27 @@ def run(job: Job, control: Control) -> dict[str, Any]:
     outcome, step = "finished", job.done
     while step < job.spec.steps:
         step += 1
-        try:
-            result, stall, seconds = train_step(job, meter, step, stop=control.stop_requested.is_set())
-        except Exception as error:
-            error.step = step  # type: ignore[attr-defined]
-            raise
-        job.done = step
-        if first:
-            control.send("phase", name="first_step", seconds=time.perf_counter() - first)
-            first = 0.0
-        ending = result.stop or step == job.spec.steps
-        validation = None
-        if _evaluates(job, step, ending):
-            control.busy("evaluation", worth=steps_worth(job))
-            validation = evaluate(job)
+        with ring.span("step", kind="step"):
+            try:
+                result, stall, seconds = train_step(job, meter, step, stop=control.stop_requested.is_set())
+            except Exception as error:
+                error.step = step  # type: ignore[attr-defined]
+                raise
+            job.done = step
+            if first:
+                control.send("phase", name="first_step", seconds=time.perf_counter() - first)
+                first = 0.0
+            validation = None
+            if _evaluates(job, step, ending=result.stop or step == job.spec.steps):
+                control.busy("evaluation", worth=steps_worth(job))
+                validation = evaluate(job)
         report(job, control, meter, step, result=result, stall=stall, seconds=seconds, validation=validation)
         if result.stop and step < job.spec.steps:
             outcome = "interrupted"
             break
     control.busy("checkpoint")
     path = final_checkpoint(job, step)
-    job.events.close()
+    job.recorder.close()
     return {"outcome": outcome, "step": step, "checkpoint": path}
 
 
@@ -62,22 +63,22 @@ def train_step(job: Job, meter: Meter, step: int, *, stop: bool) -> tuple[StepRe
     The step's metrics are journalled before its snapshot, which may be all that is left of this process a moment later.
     """
     start = time.perf_counter()
-    with ring.span("step", kind="step"):
-        with ring.span("data", kind="data"):
-            batches = step_batches(job, step)
-        leaves = job.config.data.global_batch // job.config.data.microbatch
-        result = job.engine.step(
-            step, batches, leaves=leaves, steps=job.spec.steps, stop=stop, measured=meter.last,
-            before_update=job.snapshots.before_update,
-        )  # fmt: skip
-        job.snapshots.interval.begin(step, step_seconds=result.slowest[0], stall_seconds=result.slowest[1])
-        ending = result.stop or step == job.spec.steps
-        job.integrity.check(step, result, ending=ending)
-        if job.spec.rank == 0 and job.snapshots.due(step, ending=ending)[0]:
-            line = metrics_line(job, meter, step, result=result, stall=Stall(), seconds=time.perf_counter() - start)
-            append_line(job.run_dir.metrics_journal, line)
-        stall = job.snapshots.take(step, ending=ending, metadata=lambda: metadata_of(job, step))
-        if stall.checkpoint:
+    with ring.span("data", kind="data"):
+        batches = step_batches(job, step)
+    leaves = job.config.data.global_batch // job.config.data.microbatch
+    result = job.engine.step(
+        step, batches, leaves=leaves, steps=job.spec.steps, stop=stop, measured=meter.last,
+        before_update=job.snapshots.before_update,
+    )  # fmt: skip
+    job.snapshots.interval.begin(step, step_seconds=result.slowest[0], stall_seconds=result.slowest[1])
+    ending = result.stop or step == job.spec.steps
+    job.integrity.check(step, result, ending=ending)
+    if job.spec.rank == 0 and job.snapshots.due(step, ending=ending)[0]:
+        line = metrics_line(job, meter, step, result=result, stall=Stall(), seconds=time.perf_counter() - start)
+        append_line(job.run_dir.metrics_journal, line)
+    stall = job.snapshots.take(step, ending=ending, metadata=lambda: metadata_of(job, step))
+    if stall.checkpoint:
+        with ring.span("keep_mixtures", kind="checkpoint"):
             keep_mixtures(job, step)
     seconds = time.perf_counter() - start
     meter.last = (seconds, stall.seconds)
@@ -94,6 +95,7 @@ def step_batches(job: Job, step: int) -> list[tuple[dict[str, torch.Tensor], int
     for turn in range(job.engine.rounds(len(shards))):
         leaf = job.engine.leaf_of(turn, len(shards))
         batch = job.collate([job.train[int(index)] for index in shards[leaf if leaf is not None else 0]])
+        job.recorder.batch(batch)
         digest = digest_batch(batch)
         batches.append(({key: value.to(job.groups.device) for key, value in batch.items()}, digest))
     return batches
@@ -128,7 +130,7 @@ def final_checkpoint(job: Job, step: int) -> str | None:
     return job.snapshots.wait_checkpoint(step)
 
 
-def _evaluates(job: Job, step: int, ending: bool) -> bool:
+def _evaluates(job: Job, step: int, *, ending: bool) -> bool:
     every = job.config.evaluation.every
     return (
         job.validation is not None
@@ -190,10 +192,9 @@ def report(
     job: Job, control: Control, meter: Meter, step: int, *,
     result: StepResult, stall: Stall, seconds: float, validation: float | None,
 ) -> None:  # fmt: skip
-    """The step's line of events, its summary for the driver, and from rank 0 the metrics line."""
-    summary = job.events.step(step)
-    if summary is not None:
-        control.send("step", rank=job.spec.rank, step=step, **summary)
+    """The step's summary for the driver, and from rank 0 the metrics line."""
+    summary = job.recorder.step(step)
+    control.send("step", step=step, summary=b64encode(summary or b"").decode())
     if job.spec.rank != 0:
         return
     if not result.updated:

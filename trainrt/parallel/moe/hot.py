@@ -77,4 +77,4 @@ class Lend(torch.autograd.Function):
 
 def _recorded(name: str, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> AbstractContextManager[None]:
     size = sum(tensor.nbytes for tensor in tensors)
-    return ring.span(name, kind="collective", bytes=size, group=group_name(group), waiting=True)
+    return ring.collective(name, group=group_name(group), bytes=size)
