@@ -144,6 +144,10 @@ class StepTable:
             links or Links.none(),
         )  # fmt: skip
 
+    def last(self, number: int) -> StepTable:
+        """The last steps."""
+        return self.only(np.arange(len(self.steps)) >= len(self.steps) - number)
+
     def only(self, keep: NDArray[np.bool_]) -> StepTable:
         """The steps that are kept, (S,)."""
         if keep.all():

@@ -16,7 +16,7 @@ STATES = {
 def lines(document: dict[str, Any]) -> Iterator[str]:
     """What `trainrt diagnose` prints without --json."""
     yield STATES[document["state"]]
-    if document["step_seconds"] is not None and document["ideal_step_seconds"] is not None:
+    if document["verdicts"] and document["ideal_step_seconds"]:
         yield (
             f"A step takes {document['step_seconds']:.3g} s. Without what is named below it would take "
             f"{document['ideal_step_seconds']:.3g} s ({document['slowdown']:.2f} times as fast)."

@@ -36,8 +36,10 @@ class Inspector:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        failed = False
-        while not self._over.wait(EVERY_SECONDS):
+        failed = over = False
+        while not over:
+            # The last look is after the last step.
+            over = self._over.wait(EVERY_SECONDS)
             try:
                 self._look()
             except Exception as error:
