@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainrt.diagnostics.costs import last_stage, savings, slowest_workers
-from trainrt.diagnostics.detectors.common import regression, shared_waits, unplanned_collection
+from trainrt.diagnostics.detectors.common import regression, shared_waits, unplanned_stops
 from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.network import slow_transfers
 from trainrt.diagnostics.detectors.window import Window, nan_median
@@ -23,6 +23,7 @@ LEAST_SHARE = 0.005
 """Of a step: what costs less is no verdict."""
 WORTH_EVICTING = 0.02
 MOST_VICTIMS = 64
+STOPS = {"garbage_collection", "launch_skew"}
 ACTIONS = {
     "slow_worker": "evict", "slow_host": "evict", "slow_link": "check_network", "slow_nic": "evict", "congestion": "wait",
     "slow_data": "check_storage", "slow_storage": "check_storage", "garbage_collection": "plan_gc",
@@ -41,6 +42,7 @@ SHARED = {
     "sequence_imbalance": "Healthy hardware, unbalanced work: sequences are unevenly spread over ranks",
     "expert_imbalance": "Healthy hardware, unbalanced work: experts get unequal numbers of rows",
     "regression": "All ranks became slower at once, for the same work",
+    "launch_skew": "Ranks begin their parts at different times, and wait for each other",
 }  # fmt: skip
 ADVICE = {
     "evict": "replace the host", "repartition": "move layers to other stages", "rebalance": "spread the work evenly",
@@ -57,11 +59,12 @@ def detect(table: StepTable) -> Diagnosis:
         return _unknown(table, f"{len(table.steps)} steps of which most ranks said something; it takes {FEWEST_STEPS}")
     window = Window.of(table)
     findings = [*slow_members(window), *uneven_work(window), *heavy_stage(window)]
-    if not any(finding.cause == "garbage_collection" for finding in findings):
-        findings += unplanned_collection(window)
-    shared = [*shared_waits(window), *regression(window), *slow_transfers(window)]
     known = {finding.cause for finding in findings}
+    shared = [*shared_waits(window), *unplanned_stops(window), *regression(window), *slow_transfers(window)]
     findings += [finding for finding in shared if finding.cause not in known]
+    if known_stops := {finding.cause for finding in findings} & STOPS:
+        # Waits that add up within a step hide what travels.
+        findings = [finding for finding in findings if finding.cause != "congestion" or not known_stops]
     saved = savings(findings, window)
     verdicts = [
         _verdict(window, *pair) for pair in zip(findings, saved, strict=True)

@@ -10,8 +10,11 @@ from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.levels import find_shift
 from trainrt.diagnostics.detectors.window import Window, nan_median
 
-LEAST_SHARE = {"data": 0.10, "storage": 0.10, "garbage_collection": 0.01}
-"""Of a step, all ranks' alike; data and storage that became slower count from a third of it on."""
+LEAST_SHARE = {"data": 0.10, "storage": 0.07}
+"""Of a step, all ranks' alike; what became slower counts from a third of it on."""
+LEAST_UNPLANNED = {"garbage_collection": 0.01, "other": 0.03}
+"""Of a step: what ranks lose to each other because they stop at different times."""
+FEWEST_STOPS = 3
 LEAST_RISE = 1.03
 DOUBLED = 2.0
 AFTER = 5
@@ -37,29 +40,23 @@ def shared_waits(window: Window) -> Iterator[Finding]:
         yield Finding(cause, "storage", [], [], share, sure, evidence, saved=saved, since=since)
 
 
-def unplanned_collection(window: Window) -> Iterator[Finding]:
-    """Garbage that ranks collect at different steps: each time all others wait. At the same step it would cost its mean."""
-    own = np.nan_to_num(window.own("garbage_collection"))
-    saved = own.max(1) - own.mean(1)
-    share = float(saved.mean() / window.seconds.mean())
-    if share < LEAST_SHARE["garbage_collection"] or np.mean(saved > 0.1 * saved.max()) * len(saved) < 3:
-        return
-    ranks = len(np.unique(own.argmax(1)))
-    evidence = [
-        f"some rank collects garbage for {float(np.median(saved[saved > 0])):.3g} s while the others wait",
-        f"it was another rank from step to step ({ranks} in {len(saved)} steps): collections are not synchronised",
-    ]
-    yield Finding(
-        "garbage_collection",
-        "code",
-        [],
-        [],
-        share,
-        share / LEAST_SHARE["garbage_collection"],
-        evidence,
-        saved=saved,
-        since=0,
-    )
+def unplanned_stops(window: Window) -> Iterator[Finding]:
+    """Ranks that stop at different steps, to collect garbage or to begin late: each time all others wait. At the same step it
+    would cost its mean."""
+    for kind, cause in (("garbage_collection", "garbage_collection"), ("other", "launch_skew")):
+        own = np.nan_to_num(window.own(kind))
+        saved = own.max(1) - own.mean(1)
+        share = float(saved.mean() / window.seconds.mean())
+        if share < LEAST_UNPLANNED[kind] or np.sum(saved > 0.1 * saved.max()) < FEWEST_STOPS:
+            continue
+        ranks, seconds = len(np.unique(own.argmax(1))), float(np.median(saved[saved > 0]))
+        what = "collects garbage" if kind == "garbage_collection" else "is late between its parts"
+        evidence = [
+            f"some rank {what} for {seconds:.3g} s while the others wait",
+            f"it is another rank from step to step ({ranks} in {len(saved)} steps)",
+        ]
+        sure = share / LEAST_UNPLANNED[kind]
+        yield Finding(cause, "code", [], [], share, sure, evidence, saved=saved, since=0)
 
 
 def regression(window: Window) -> Iterator[Finding]:

@@ -15,13 +15,16 @@ import numpy as np
 from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.levels import find_shift
 from trainrt.diagnostics.detectors.window import Window, nan_median
-from trainrt.diagnostics.detectors.workers import find_slow
-from trainrt.diagnostics.table import Numbers
+from trainrt.diagnostics.detectors.workers import began, find_slow
+from trainrt.diagnostics.table import Indices, Numbers
 
 LEAST_SLOWER = 0.4
 """By which a byte must take longer over a pair than over the others, as a logarithm: links vary more than compute."""
 MOST_PAIRS = 0.6
 """Of a host's pairs that are slow where its NIC is."""
+LINK_CHANCE = 1e-4
+FEWEST = 3
+"""Steps in which something went over a pair."""
 LEAST_SHARE = 0.01
 CONGESTED = 1.3
 FEW_GROUPS = 3
@@ -41,50 +44,73 @@ class Groups:
 
 
 def slow_transfers(window: Window) -> Iterator[Finding]:
-    """Links and NICs by what a byte takes between hosts; else hosts of slow groups; else congestion."""
-    groups = [_groups(window, axis) for axis in window.accounting.transfer]
+    """Links and NICs by what a byte takes between hosts; else hosts of slow groups; else congestion.
+
+    Of a pipeline the waits of its bubble cannot be told from transfers: only links say something of it.
+    """
+    groups = [_groups(window, axis) for axis in window.accounting.transfer if axis != "pp"]
     found = [*_slow_links(window, groups)] or [*_slow_groups(window, groups)]
     yield from found or _congestion(window, groups)
 
 
 def _groups(window: Window, axis: str) -> Groups:
+    """Where a member was not heard, its group may have waited for it: the step does not count."""
     group = window.roles.groups(axis)
     _, first = np.unique(group, return_index=True)
-    return Groups(axis, np.nan_to_num(window.accounting.transfer[axis][:, first]), group)
+    seconds = window.accounting.transfer[axis][:, first]
+    if not window.valid.all():
+        silent = np.stack([np.bincount(group, weights=~heard, minlength=len(first)) for heard in window.valid]) > 0
+        usual = nan_median(np.where(silent, np.nan, seconds), axis=1)
+        seconds = np.where(silent, usual[:, None], seconds)
+    return Groups(axis, np.nan_to_num(seconds), group)
 
 
 def _slow_links(window: Window, groups: list[Groups]) -> Iterator[Finding]:
-    """From the transfers that stores measured."""
+    """From the transfers that stores measured, both directions of a pair together."""
     links, steps, hosts = window.table.links, window.table.steps, window.roles.hosts
     if not len(links.step):
         return
-    pairs, pair = np.unique(np.stack((links.source, links.target)), axis=1, return_inverse=True)
-    row = np.searchsorted(steps, links.step).clip(0, len(steps) - 1)
-    each = np.full((len(steps), pairs.shape[1]), np.nan)
-    each[row, pair.reshape(-1)] = np.log(np.maximum(links.seconds, 1e-9) / np.maximum(links.bytes, 1.0))
-    slower = np.nan_to_num(each - nan_median(each, axis=1)[:, None])
-    enough = np.isfinite(each).sum(0) >= 3
-    slow = {found.member: found for found in find_slow(slower, enough, least=LEAST_SLOWER)}
-    for host in range(len(hosts)):
-        own = [p for p in range(pairs.shape[1]) if host in pairs[:, p]]
-        bad = [p for p in own if p in slow]
-        if len(own) > 1 and len(bad) > 1 and len(bad) >= MOST_PAIRS * len(own):
-            effect = float(np.exp(np.median([slow[p].effect for p in bad])) - 1)
-            sure = max(slow[p].score for p in bad)
-            ranks = np.flatnonzero(window.roles.host == host)
-            evidence = [f"a byte from or to {hosts[host]} takes {effect:+.0%} over {len(bad)} of its {len(own)} links"]
-            saved = _saved(window, groups, {host}, effect)
-            yield Finding("slow_nic", "host", ranks.tolist(), [hosts[host]], effect, sure, evidence, saved=saved)
-            for p in bad:
-                del slow[p]
+    ends = np.sort(np.stack((links.source, links.target)), axis=0)
+    pairs, pair = np.unique(ends, axis=1, return_inverse=True)
+    slower, enough = _by_pair(window, pair.reshape(-1), pairs.shape[1])
+    slow = {found.member: found for found in find_slow(slower, enough, least=LEAST_SLOWER, chance=LINK_CHANCE)}
+    met = {host: np.flatnonzero((pairs == host).any(0)) for host in np.unique(pairs)}
+    for host in sorted(met, key=lambda host: -sum(p in slow for p in met[host])):
+        bad = [p for p in met[host] if p in slow]
+        if len(bad) < 2 or len(bad) < MOST_PAIRS * len(met[host]):
+            continue
+        effect = float(np.exp(np.median([slow[p].effect for p in bad])) - 1)
+        sure = max(slow.pop(p).score for p in bad)
+        ranks = np.flatnonzero(window.roles.host == host)
+        evidence = [
+            f"a byte from or to {hosts[host]} takes {effect:+.0%} over {len(bad)} of its {len(met[host])} links"
+        ]
+        saved = _saved(window, groups, {int(host)}, effect)
+        yield Finding("slow_nic", "host", ranks.tolist(), [hosts[host]], effect, sure, evidence, saved=saved)
     for p, found in slow.items():
-        ends = [int(end) for end in pairs[:, p]]
+        one, other = (int(end) for end in pairs[:, p])
         effect = float(np.exp(found.effect) - 1)
-        evidence = [f"a byte from {hosts[ends[0]]} to {hosts[ends[1]]} takes {effect:+.0%} compared with other links"]
+        evidence = [f"a byte between {hosts[one]} and {hosts[other]} takes {effect:+.0%} compared with other links"]
         if found.how == "bursts":
             evidence.append("on average: it comes and goes")
-        saved = _saved(window, groups, set(ends), effect)
-        yield Finding("slow_link", "link", [], [hosts[e] for e in ends], effect, found.score, evidence, saved=saved)
+        saved = _saved(window, groups, {one, other}, effect)
+        yield Finding(
+            "slow_link", "link", [], [hosts[one], hosts[other]], effect, found.score, evidence, saved=saved,
+            since=began(slower[:, p], found.effect) if found.how == "lasting" else 0,
+        )  # fmt: skip
+
+
+def _by_pair(window: Window, pair: Indices, number: int) -> tuple[Numbers, np.ndarray]:
+    """The logarithm of how much longer a byte takes over a pair than over the others, (S, P), and pairs that are known enough."""
+    links, steps = window.table.links, window.table.steps
+    row = np.searchsorted(steps, links.step).clip(0, len(steps) - 1)
+    at = row * number + pair
+    seconds, amount = (
+        np.bincount(at, weights=values, minlength=len(steps) * number).reshape(len(steps), number)
+        for values in (links.seconds, links.bytes)
+    )
+    each = np.where(amount > 0, np.log(np.maximum(seconds, 1e-12) / np.maximum(amount, 1.0)), np.nan)
+    return np.nan_to_num(each - nan_median(each, axis=1)[:, None]), np.isfinite(each).sum(0) >= FEWEST
 
 
 def _saved(window: Window, groups: list[Groups], hosts: set[int], effect: float) -> Numbers:

@@ -8,6 +8,7 @@ import numpy as np
 
 from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.window import Window, nan_median
+from trainrt.diagnostics.detectors.workers import LENGTHS
 from trainrt.diagnostics.table import Numbers
 
 LEAST_SHARE = 0.01
@@ -28,13 +29,14 @@ def uneven_work(window: Window) -> Iterator[Finding]:
     for name in window.slopes:
         more = window.more_work(name)
         uneven = more - more.mean(1, keepdims=True)
-        saved = uneven.max(1)
-        share = float(np.median(saved) / np.median(window.seconds))
-        lasts = np.mean(saved > LEAST_SHARE * window.seconds) >= LASTING
-        if share < LEAST_SHARE or not lasts:
+        recent = lasting(uneven.max(1) / window.seconds)
+        if recent is None:
             continue
+        uneven = np.concatenate((np.zeros_like(uneven[:-recent]), uneven[-recent:]))
+        saved = uneven[-recent:].max(1)
+        share = float(np.median(saved / window.seconds[-recent:]))
         cause, what = CAUSES[name]
-        always = uneven.mean(0)
+        always = uneven[-recent:].mean(0)
         named = np.flatnonzero(always > max(MOST_OF_IT * float(saved.mean()), always.max() / 2)).tolist()
         most = float(np.median(saved) / window.scale)
         evidence = [
@@ -45,7 +47,17 @@ def uneven_work(window: Window) -> Iterator[Finding]:
             evidence.append(
                 f"it is always the same ones: {', '.join(map(str, named[:8]))}{' ...' if len(named) > 8 else ''}"
             )
-        yield Finding(cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven)
+        yield Finding(
+            cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven,
+            since=len(uneven) - recent,
+        )  # fmt: skip
+
+
+def lasting(share: Numbers) -> int | None:
+    """The longest window at the end of a series of shares (S,) in which most steps are worth a verdict, or None."""
+    lengths = [length for length in (*LENGTHS, len(share)) if length <= len(share)]
+    worth = [n for n in lengths if np.mean(share[-n:] > LEAST_SHARE) >= LASTING and np.median(share[-n:]) > LEAST_SHARE]
+    return max(worth, default=None)
 
 
 def heavy_stage(window: Window) -> Iterator[Finding]:

@@ -29,7 +29,7 @@ last besides."""
 LEAST = 0.03
 """Of the usual compute seconds: less is not worth a verdict."""
 BURST, LEAST_BURST, FEWEST_BURSTS = 5.0, 0.05, 3
-CHANCE = 1e-7
+CHANCE = 1e-6
 """That a rank has its bursts by chance, as many as all have on average."""
 FEW = 8
 """So few members do not say how far they lie apart; steps have to."""
@@ -103,10 +103,11 @@ def _slow_hosts(window: Window, excess: dict[str, Numbers]) -> list[tuple[int, s
     return found
 
 
-def find_slow(excess: Numbers, among: np.ndarray, *, least: float = LEAST) -> list[Slow]:
+def find_slow(excess: Numbers, among: np.ndarray, *, least: float = LEAST, chance: float = CHANCE) -> list[Slow]:
     """Members whose excess (S, N) is `least` or more, lies beyond the others' and lasts, or comes in bursts.
 
-    excess: in shares of the usual compute, or whatever `least` is in. Of several windows that which says it most surely.
+    excess: in shares of the usual compute, or whatever `least` is in. chance: that bursts are nobody's. Of several windows that
+    which says it most surely.
     """
     steps = len(excess)
     if not among.any():
@@ -120,7 +121,7 @@ def find_slow(excess: Numbers, among: np.ndarray, *, least: float = LEAST) -> li
         for slow in _lasting(excess[-length:], among, varies, least):
             if slow.member not in found or slow.score > found[slow.member].score:
                 found[slow.member] = slow
-    for slow in _bursts(excess, among, varies, least):
+    for slow in _bursts(excess, among, varies, least, chance):
         found.setdefault(slow.member, slow)
     return list(found.values())
 
@@ -137,7 +138,7 @@ def _lasting(recent: Numbers, among: np.ndarray, varies: float, least: float) ->
         yield Slow(int(member), float(middle[member]), float(score[member] / SCORE), length, "lasting")
 
 
-def _bursts(excess: Numbers, among: np.ndarray, varies: float, least: float) -> Iterator[Slow]:
+def _bursts(excess: Numbers, among: np.ndarray, varies: float, least: float, limit: float) -> Iterator[Slow]:
     """Members that are slow in single steps far more often than others are."""
     from scipy.stats import binom
 
@@ -149,8 +150,8 @@ def _bursts(excess: Numbers, among: np.ndarray, varies: float, least: float) -> 
         others = (burst[:, among].sum() - count[member] + 1) / (steps * max(among.sum() - 1, 1) + 1)
         chance = float(binom.sf(count[member] - 1, steps, min(others, 1.0))) * int(among.sum())
         effect = float(np.maximum(excess[:, member], 0.0).mean())
-        if chance < CHANCE and effect > least / 3:
-            yield Slow(int(member), effect, np.log(max(chance, 1e-300)) / np.log(CHANCE), steps, "bursts")
+        if chance < limit and effect > least / 3:
+            yield Slow(int(member), effect, np.log(max(chance, 1e-300)) / np.log(limit), steps, "bursts")
 
 
 def _finding(
