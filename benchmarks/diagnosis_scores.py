@@ -22,6 +22,7 @@ from trainrt.diagnostics.verdict import Diagnosis
 Array = NDArray[Any]
 Detect = Callable[[StepTable], Diagnosis]
 
+WORKLOAD = ("sequence_imbalance", "stage_imbalance", "expert_imbalance")
 SECTIONS = ("forward", "backward", "optimizer", "data")
 
 
@@ -41,11 +42,12 @@ Answer = list[Claim]
 
 
 def told(diagnosis: Diagnosis, table: StepTable) -> Answer:
-    """What a diagnosis claims. Only one that says straggling or hung is an alarm."""
-    if diagnosis.state not in ("straggling", "hung"):
-        return []
+    """What a diagnosis claims where it says straggling or hung; where it says healthy, that the work is unbalanced."""
+    alarm = diagnosis.state in ("straggling", "hung")
     claims = []
     for verdict in diagnosis.verdicts:
+        if not alarm and (diagnosis.state != "healthy" or verdict.cause not in WORKLOAD):
+            continue
         ranks = frozenset(culprit.rank for culprit in verdict.culprits if culprit.rank is not None)
         hosts = {culprit.host for culprit in verdict.culprits if culprit.host is not None}
         numbers = frozenset(table.roles.hosts.index(host) for host in hosts) | _hosts(ranks, table)
@@ -132,8 +134,12 @@ class Score:
     wrong_claims: int
 
     @property
+    def named(self) -> bool:
+        return self.alarm and self.where is not False
+
+    @property
     def right(self) -> bool:
-        return self.alarm and self.where is not False and self.why is not False
+        return self.named and self.why is not False
 
 
 def score(answer: Answer, truths: Sequence[Truth]) -> Score:
@@ -169,8 +175,8 @@ def noise_of(table: StepTable) -> float:
 def strength(table: StepTable, twin: StepTable, since: int) -> tuple[float, float]:
     """What a fault does, beside the same job without: signal over noise, and its cost as a share of a step.
 
-    The signal is the most that it adds to a rank's own seconds over their residual noise in a step; where it adds nothing to
-    anyone's own seconds, what it adds to a step over the noise of steps.
+    The signal is the most that it adds to a rank's own seconds, over what is noise in those of a step when the work is known;
+    where it adds nothing to anyone's own seconds, what it adds to a step over the noise of steps.
     """
     own, without = (sum(kind.values()) for kind in (table.parts, twin.parts))
     more = np.nanmax(np.abs(np.nanmean((own - without)[since:], axis=0)))

@@ -211,7 +211,7 @@ def one_stall(place: Place) -> Fault:
 def drift(place: Place) -> Fault:
     rank = place.rank()
     slower = 1 + 0.001 * np.maximum(0, np.arange(place.steps) - place.since)
-    told = _truth("drift slow_worker", _remedy(0.05), ranks=frozenset({rank}), severity=0.05)
+    told = _truth("drift slow_worker", _remedy(0.05), ranks=frozenset({rank}))
     return Conditions(compute=place.on(rank, slower, 1.0)), [told]
 
 
@@ -267,8 +267,8 @@ class Scenario:
     history: bool | None = None
 
 
-LONG = {"tokens": 32768, "documents": "packed", "attention": 1.5}
-SHORT = {"pieces": 8, "attention": 0.5}
+LONG: dict[str, Any] = {"tokens": 32768, "documents": "packed", "attention": 1.5}
+SHORT: dict[str, Any] = {"pieces": 8, "attention": 0.5}
 
 SCENARIOS: dict[str, Scenario] = {
     "clean": Scenario(clean),

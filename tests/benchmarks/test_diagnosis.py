@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks.diagnosis import RIVALS, by_scenario, by_severity, campaign, confusion, false_alarms, totals
-from benchmarks.diagnosis_scores import Claim, between, noise_of, score
+from benchmarks.diagnosis_scores import Claim, between, noise_of, score, told
 from benchmarks.simulated_faults import SCENARIOS, SHORT, Truth, instance, meshes
 from benchmarks.simulated_jobs import Conditions, Job, Noise, simulate
 from benchmarks.simulated_noise import PERCENTILES, TRACES, residuals
@@ -110,6 +110,13 @@ def test_sixteen_thousand_ranks() -> None:
     assert set(table.roles.coordinates) == {"pp", "fsdp", "tp"}
 
 
+def test_eight_ranks() -> None:
+    table = simulate(Job(MeshSize(fsdp=2, tp=4)), 3, seed=0)
+    assert table.seconds.shape == (3, 8) and len(table.links.step) == 0 and set(table.communication) == {
+        "tp", "fsdp", "world",
+    }  # fmt: skip
+
+
 def test_stages_without_noise_take_the_time_of_the_formula() -> None:
     """1F1B of equal stages: (M + P - 1) (forward + backward)."""
     ones = np.ones((1, 6, 4, 2))
@@ -188,9 +195,20 @@ def test_a_campaign_scores_a_stand_in() -> None:
     assert scenarios["slow rank 20%"]["signal / noise"] > 15 > scenarios["slow rank 2%"]["signal / noise"] > 1
     assert scenarios["slow rank 50%"]["least / own < 0.75"] == 1 and scenarios["slow rank 50%"]["2 x median"] == 0
     whole = {row["method"]: row for row in totals(rows)}
-    assert set(whole) == {"trainrt", *RIVALS} and whole["trainrt"]["recall, 10 % slow"] > 0.7
+    assert set(whole) == {"trainrt", *RIVALS} and whole["trainrt"]["the same at 10 % slow and more"] > 0.7
     assert [row["slower by"] for row in by_severity(rows)][-1] == "50%"
     assert "| slow_worker |" in confusion(rows)
+
+
+def test_only_unbalanced_work_is_claimed_of_healthy_hardware() -> None:
+    table = simulate(job_of("data", Noise()), 2, seed=0)
+    verdicts = [verdict("slow_worker", 3), verdict("sequence_imbalance", 9)]
+    said = {
+        state: told(Diagnosis(state, None, None, None, {}, verdicts), table)
+        for state in ("straggling", "healthy", "unknown")
+    }
+    assert [len(claims) for claims in said.values()] == [2, 1, 0]
+    assert said["straggling"][0].hosts == {0} and said["healthy"][0].hosts == {1}
 
 
 def test_clean_steps_in_windows() -> None:
