@@ -71,7 +71,7 @@ def test_all_ranks_take_as_long_for_a_step(mesh: str) -> None:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_without_faults_and_noise_all_peers_are_alike(mesh: str) -> None:
-    job = job_of(mesh, replace(QUIET, own=0.0))
+    job = job_of(mesh, QUIET)
     table = simulate(job, 12, seed=0)
     exchanged = {"rows"} if mesh == "experts" else set()
     assert np.ptp(table.parts["optimizer"], axis=1).max() == 0
@@ -128,8 +128,18 @@ def test_stages_without_noise_take_the_time_of_the_formula() -> None:
 def test_a_slow_stage_paces_the_pipeline() -> None:
     job = job_of("stages", QUIET)
     usual, slow = (simulate(job, 4, Conditions(stage=stage), seed=0) for stage in (None, np.array([1, 1, 1, 1.3])))
-    middle = slow.seconds.mean() - usual.seconds.mean()
-    assert middle > 0.28 * (usual.parts["forward"] + usual.parts["backward"]).mean()
+    longer = slow.seconds.mean() - usual.seconds.mean()
+    assert longer > 0.28 * (usual.parts["forward"] + usual.parts["backward"]).mean()
+    ratio = slow.parts["forward"] / usual.parts["forward"]
+    last = slow.roles.coordinates["pp"] == 3
+    np.testing.assert_allclose(ratio[:, last], 1.3, rtol=1e-5)
+    np.testing.assert_allclose(ratio[:, ~last], 1.0, rtol=1e-5)
+
+
+def test_members_of_cp_share_the_tokens_and_squares_of_a_sequence() -> None:
+    alone, shared = (simulate(job_of(mesh, QUIET), 2, seed=0).work for mesh in ("data", "context"))
+    assert (alone["tokens"] == 2 * shared["tokens"]).all() and (alone["squares"] == 2 * shared["squares"]).all()
+    assert (alone["rows"] == 0).all()
 
 
 def test_a_slow_link_slows_the_groups_whose_ring_it_is_in_and_its_own_transfers() -> None:
