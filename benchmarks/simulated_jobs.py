@@ -341,7 +341,7 @@ class _Run:
         if self.job.mesh.pp == 1:
             return ready + forward.sum(1, dtype=np.float64) + backward.sum(1, dtype=np.float64)
         send = self._transfer("pp", TRANSFERS["pp"] * FORWARD_SECONDS, "stages")
-        stages = [self._grid(table)[..., 0, 0] for table in (ready, forward, backward, send)]
+        stages = [self._grid(table).max((-2, -1)) for table in (ready, forward, backward, send)]
         done = np.broadcast_to(pipeline(*stages)[..., None, None], (self.S, *self.job.shape))
         done = self._flat(done)
         busy = forward.sum(1, dtype=np.float64) + backward.sum(1, dtype=np.float64)

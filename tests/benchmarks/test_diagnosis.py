@@ -102,6 +102,13 @@ def test_windows_that_follow_each_other_are_the_same_chips() -> None:
     assert ratio.std() < 1e-6 and late.steps[0] == 40
 
 
+def test_all_axes_at_once_add_up() -> None:
+    table = simulate(Job(MeshSize(pp=2, dp=2, fsdp=2, cp=2, tp=4, ep=4)), 12, seed=0)
+    assert set(table.communication) == {"tp", "cp", "ep", "fsdp", "pp", "dp", "world"}
+    assert min(seconds.min() for seconds in table.communication.values()) > 0
+    np.testing.assert_allclose(own(table) + waiting(table), table.seconds, rtol=1e-6)
+
+
 def test_sixteen_thousand_ranks() -> None:
     job = meshes(16384)["stages"]
     table = simulate(replace(job, microbatches=4), 2, seed=0)
