@@ -23,6 +23,8 @@ LEAST_SHARE = 0.005
 """Of a step: what costs less is no verdict."""
 WORTH_EVICTING = 0.02
 MOST_VICTIMS = 64
+SAME_MOMENT = 3
+"""Steps within which two things begin together."""
 STOPS = {"garbage_collection", "launch_skew"}
 ACTIONS = {
     "slow_worker": "evict", "slow_host": "evict", "slow_link": "check_network", "slow_nic": "evict", "congestion": "wait",
@@ -58,13 +60,9 @@ def detect(table: StepTable) -> Diagnosis:
     if len(table.steps) < FEWEST_STEPS:
         return _unknown(table, f"{len(table.steps)} steps of which most ranks said something; it takes {FEWEST_STEPS}")
     window = Window.of(table)
-    findings = [*slow_members(window), *uneven_work(window), *heavy_stage(window)]
-    known = {finding.cause for finding in findings}
+    members = [*slow_members(window), *uneven_work(window), *heavy_stage(window)]
     shared = [*shared_waits(window), *unplanned_stops(window), *regression(window), *slow_transfers(window)]
-    findings += [finding for finding in shared if finding.cause not in known]
-    if known_stops := {finding.cause for finding in findings} & STOPS:
-        # Waits that add up within a step hide what travels.
-        findings = [finding for finding in findings if finding.cause != "congestion" or not known_stops]
+    findings = _consistent(window, members, shared)
     saved = savings(findings, window)
     verdicts = [
         _verdict(window, *pair) for pair in zip(findings, saved, strict=True)
@@ -81,6 +79,28 @@ def detect(table: StepTable) -> Diagnosis:
         {"M_W": slowest_workers(window), "M_S": last_stage(window)}, verdicts,
         int(table.steps[0]), int(table.steps[-1]), notes,
     )  # fmt: skip
+
+
+def _consistent(window: Window, members: Sequence[Finding], shared: Sequence[Finding]) -> list[Finding]:
+    """Without those that others explain: where all are concerned by a cause, single ranks are not its culprits, or the other way
+    round, whatever costs more; and what waits add up to is no congestion."""
+    of_members, of_all = savings(members, window), savings(shared, window)
+    kept = []
+    for finding, seconds in zip(shared, of_all, strict=True):
+        alike = sum(s for other, s in zip(members, of_members, strict=True) if other.cause == finding.cause)
+        if seconds > alike:
+            kept.append(finding)
+    causes = {finding.cause for finding in kept}
+    members = [finding for finding in members if finding.cause not in causes]
+    begins = {finding.since or 0 for finding in [*members, *kept] if finding.cause != "congestion"}
+    return members + [
+        finding for finding in kept
+        if finding.cause != "congestion" or not (causes & STOPS or _near(finding.since or 0, begins))
+    ]  # fmt: skip
+
+
+def _near(step: int, others: set[int]) -> bool:
+    return any(abs(step - other) <= SAME_MOMENT for other in others)
 
 
 def _unknown(table: StepTable, why: str) -> Diagnosis:

@@ -9,12 +9,16 @@ import numpy as np
 from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.levels import find_shift
 from trainrt.diagnostics.detectors.window import Window, nan_median
+from trainrt.diagnostics.detectors.workers import LENGTHS
+from trainrt.diagnostics.table import Numbers
 
-LEAST_SHARE = {"data": 0.10, "storage": 0.07}
-"""Of a step, all ranks' alike; what became slower counts from a third of it on."""
+LEAST_SHARE, LEAST_SECONDS = {"data": 0.05, "storage": 0.04}, 0.05
+"""Of a step, all ranks' alike, and on average at least so long; what became slower counts from a third of the share on."""
 LEAST_UNPLANNED = {"garbage_collection": 0.01, "other": 0.03}
 """Of a step: what ranks lose to each other because they stop at different times."""
 FEWEST_STOPS = 3
+FEWEST_STEPS = {"data": 3, "storage": 10}
+"""Snapshots and checkpoints come every so many steps: a share of fewer says nothing."""
 LEAST_RISE = 1.03
 DOUBLED = 2.0
 AFTER = 5
@@ -27,17 +31,25 @@ def shared_waits(window: Window) -> Iterator[Finding]:
     """Data or storage that holds up all ranks alike."""
     for kind, cause in CAUSES.items():
         own = nan_median(window.own(kind), axis=1)
-        share = float(own.mean() / window.seconds.mean())
+        recent, share = _worst_of_late(own, window, fewest=FEWEST_STEPS[kind])
         shift = find_shift(own, least=DOUBLED)
-        rose = shift is not None and (shift.after - shift.before) / float(window.seconds.mean()) > LEAST_SHARE[kind] / 3
-        if share < LEAST_SHARE[kind] and not rose:
+        rose = shift is not None and shift.after - shift.before > LEAST_SHARE[kind] / 3 * float(window.seconds.mean())
+        if float(own[-recent:].mean()) < LEAST_SECONDS or (share < LEAST_SHARE[kind] and not rose):
             continue
         evidence = [f"every rank {WHAT[kind]} for {share:.1%} of a step"]
-        saved, since, sure = own, 0, share / LEAST_SHARE[kind]
+        saved, since, sure = own, len(own) - recent, share / LEAST_SHARE[kind]
         if shift is not None and rose:
             saved, since, sure = np.maximum(own - shift.before, 0.0), shift.index, max(sure, shift.sure)
             evidence.append(f"{shift.ratio:.1f} times as long since step {window.table.steps[shift.index]}")
         yield Finding(cause, "storage", [], [], share, sure, evidence, saved=saved, since=since)
+
+
+def _worst_of_late(seconds: Numbers, window: Window, *, fewest: int) -> tuple[int, float]:
+    """Of the windows at the end, of at least so many steps, the one in which these seconds (S,) are most of a step."""
+    lengths = [n for n in (*LENGTHS, len(seconds)) if fewest <= n <= len(seconds)] or [len(seconds)]
+    shares = {n: float(seconds[-n:].mean() / window.seconds[-n:].mean()) for n in lengths}
+    longest = max(shares, key=lambda n: (shares[n], n))
+    return longest, shares[longest]
 
 
 def unplanned_stops(window: Window) -> Iterator[Finding]:
@@ -46,17 +58,19 @@ def unplanned_stops(window: Window) -> Iterator[Finding]:
     for kind, cause in (("garbage_collection", "garbage_collection"), ("other", "launch_skew")):
         own = np.nan_to_num(window.own(kind))
         saved = own.max(1) - own.mean(1)
-        share = float(saved.mean() / window.seconds.mean())
-        if share < LEAST_UNPLANNED[kind] or np.sum(saved > 0.1 * saved.max()) < FEWEST_STOPS:
+        recent, share = _worst_of_late(saved, window, fewest=FEWEST_STOPS)
+        late = saved[-recent:]
+        stops = np.sum(late > 0.1 * late.max())
+        if share < LEAST_UNPLANNED[kind] or late.max() < LEAST_SECONDS or stops < FEWEST_STOPS:
             continue
-        ranks, seconds = len(np.unique(own.argmax(1))), float(np.median(saved[saved > 0]))
+        ranks, seconds = len(np.unique(own[-recent:].argmax(1))), float(np.median(late[late > 0]))
         what = "collects garbage" if kind == "garbage_collection" else "is late between its parts"
         evidence = [
             f"some rank {what} for {seconds:.3g} s while the others wait",
-            f"it is another rank from step to step ({ranks} in {len(saved)} steps)",
+            f"it is another rank from step to step ({ranks} in {recent} steps)",
         ]
         sure = share / LEAST_UNPLANNED[kind]
-        yield Finding(cause, "code", [], [], share, sure, evidence, saved=saved, since=0)
+        yield Finding(cause, "code", [], [], share, sure, evidence, saved=saved, since=len(saved) - recent)
 
 
 def regression(window: Window) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ import numpy as np
 from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.levels import find_shift
 from trainrt.diagnostics.detectors.window import Window, nan_median
-from trainrt.diagnostics.detectors.workers import began, find_slow
+from trainrt.diagnostics.detectors.workers import Slow, began, find_slow
 from trainrt.diagnostics.table import Indices, Numbers
 
 LEAST_SLOWER = 0.4
@@ -49,7 +49,7 @@ def slow_transfers(window: Window) -> Iterator[Finding]:
     Of a pipeline the waits of its bubble cannot be told from transfers: only links say something of it.
     """
     groups = [_groups(window, axis) for axis in window.accounting.transfer if axis != "pp"]
-    found = [*_slow_links(window, groups)] or [*_slow_groups(window, groups)]
+    found = [*(_slow_links(window, groups) if len(window.table.links.step) else _slow_groups(window, groups))]
     yield from found or _congestion(window, groups)
 
 
@@ -67,26 +67,27 @@ def _groups(window: Window, axis: str) -> Groups:
 
 def _slow_links(window: Window, groups: list[Groups]) -> Iterator[Finding]:
     """From the transfers that stores measured, both directions of a pair together."""
-    links, steps, hosts = window.table.links, window.table.steps, window.roles.hosts
-    if not len(links.step):
-        return
+    links, hosts = window.table.links, window.roles.hosts
     ends = np.sort(np.stack((links.source, links.target)), axis=0)
     pairs, pair = np.unique(ends, axis=1, return_inverse=True)
     slower, enough = _by_pair(window, pair.reshape(-1), pairs.shape[1])
     slow = {found.member: found for found in find_slow(slower, enough, least=LEAST_SLOWER, chance=LINK_CHANCE)}
-    met = {host: np.flatnonzero((pairs == host).any(0)) for host in np.unique(pairs)}
+    met = {int(host): np.flatnonzero((pairs == host).any(0)).tolist() for host in np.unique(pairs)}
     for host in sorted(met, key=lambda host: -sum(p in slow for p in met[host])):
         bad = [p for p in met[host] if p in slow]
         if len(bad) < 2 or len(bad) < MOST_PAIRS * len(met[host]):
             continue
         effect = float(np.exp(np.median([slow[p].effect for p in bad])) - 1)
+        since = min(_began(slower[:, p], slow[p]) for p in bad)
         sure = max(slow.pop(p).score for p in bad)
         ranks = np.flatnonzero(window.roles.host == host)
         evidence = [
             f"a byte from or to {hosts[host]} takes {effect:+.0%} over {len(bad)} of its {len(met[host])} links"
         ]
-        saved = _saved(window, groups, {int(host)}, effect)
-        yield Finding("slow_nic", "host", ranks.tolist(), [hosts[host]], effect, sure, evidence, saved=saved)
+        saved = _saved(window, groups, {host}, effect)
+        yield Finding(
+            "slow_nic", "host", ranks.tolist(), [hosts[host]], effect, sure, evidence, saved=saved, since=since
+        )
     for p, found in slow.items():
         one, other = (int(end) for end in pairs[:, p])
         effect = float(np.exp(found.effect) - 1)
@@ -96,12 +97,22 @@ def _slow_links(window: Window, groups: list[Groups]) -> Iterator[Finding]:
         saved = _saved(window, groups, {one, other}, effect)
         yield Finding(
             "slow_link", "link", [], [hosts[one], hosts[other]], effect, found.score, evidence, saved=saved,
-            since=began(slower[:, p], found.effect) if found.how == "lasting" else 0,
+            since=_began(slower[:, p], found),
         )  # fmt: skip
+
+
+def _began(slower: Numbers, found: Slow) -> int:
+    return began(slower, found.effect) if found.how == "lasting" else int(np.argmax(slower > LEAST_SLOWER))
 
 
 def _by_pair(window: Window, pair: Indices, number: int) -> tuple[Numbers, np.ndarray]:
     """The logarithm of how much longer a byte takes over a pair than over the others, (S, P), and pairs that are known enough."""
+    each = _of_bytes(window, pair, number)
+    return np.nan_to_num(each - nan_median(each, axis=1)[:, None]), np.isfinite(each).sum(0) >= FEWEST
+
+
+def _of_bytes(window: Window, pair: Indices, number: int) -> Numbers:
+    """The logarithm of the seconds of a byte, (S, P), NaN where nothing was sent."""
     links, steps = window.table.links, window.table.steps
     row = np.searchsorted(steps, links.step).clip(0, len(steps) - 1)
     at = row * number + pair
@@ -109,8 +120,7 @@ def _by_pair(window: Window, pair: Indices, number: int) -> tuple[Numbers, np.nd
         np.bincount(at, weights=values, minlength=len(steps) * number).reshape(len(steps), number)
         for values in (links.seconds, links.bytes)
     )
-    each = np.where(amount > 0, np.log(np.maximum(seconds, 1e-12) / np.maximum(amount, 1.0)), np.nan)
-    return np.nan_to_num(each - nan_median(each, axis=1)[:, None]), np.isfinite(each).sum(0) >= FEWEST
+    return np.where(amount > 0, np.log(np.maximum(seconds, 1e-12) / np.maximum(amount, 1.0)), np.nan)
 
 
 def _saved(window: Window, groups: list[Groups], hosts: set[int], effect: float) -> Numbers:
@@ -157,7 +167,11 @@ def _slow_groups(window: Window, groups: list[Groups]) -> Iterator[Finding]:
 
 
 def _congestion(window: Window, groups: list[Groups]) -> Iterator[Finding]:
-    """All groups of an axis became slower at once: nobody is the culprit."""
+    """All groups of an axis became slower at once: nobody is the culprit. Where links are known, they say so, too."""
+    if len(window.table.links.step):
+        each = np.exp(_of_bytes(window, np.zeros(len(window.table.links.step), dtype=np.int64), 1)[:, 0])
+        if not np.isfinite(each).all() or find_shift(each / each.min(), least=CONGESTED) is None:
+            return
     saved, since, sure, said = np.zeros(len(window.seconds)), len(window.seconds), 0.0, []
     for one in groups:
         all_groups = np.median(one.seconds, 1)
