@@ -51,6 +51,10 @@ class DiagnosticsError(UserError):
     """A page or a diagnosis cannot be made of what was named: no run, a port in use, no token."""
 
 
+class NotEnoughData(DiagnosticsError):
+    """Operations, workers or steps are missing, so that nothing can be said. A diagnosis turns it into "unknown"."""
+
+
 class LayoutError(TrainrtError):
     """Two layouts do not describe the same tensors, or one leaves a part of a tensor nowhere."""
 
