@@ -19,7 +19,7 @@ Turn = tuple[str, int, int]
 """Direction, chunk of the stage, microbatch."""
 
 LENGTHS = {
-    "forward-compute": 0.1, "backward-compute": 0.2, "forward": 0.001, "backward": 0.001, "params-all-gather": 0.02,
+    "forward-compute": 0.1, "backward-compute": 0.2, "forward": 0.001, "backward": 0.001, "params-all-gather": 0.02, "gc": 0.0,
     "grads-reduce-scatter": 0.03, "optimizer": 0.01, "optimizer-clip-main-grad": 0.002, "embedding-grads-all-reduce": 0.004,
 }  # fmt: skip
 

@@ -75,12 +75,14 @@ class Compute:
         np.add.at(load, lanes.stage[both], replay.traced[both])
         chunks: dict[tuple[int, int], list[int]] = {}
         for operation in both.tolist():
-            chunk = int(lanes.stage[operation]), int(lanes.mc[operation])
-            chunks.setdefault((chunk[0] + lanes.stages * max(chunk[1], 0), int(backward[operation])), []).append(
-                operation
-            )
+            chunks.setdefault((lanes.chunk(operation), int(backward[operation])), []).append(operation)
         ordered = {key: np.array(sorted(some, key=lambda one: lanes.seq_id[one])) for key, some in chunks.items()}
         return cls(load, ordered, *_correlation(replay, ordered))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether sequences differ in length: forward and backward vary, and together."""
+        return self.correlation is not None and self.correlation >= CORRELATED and self.deviation >= UNEVEN
 
     @property
     def of_worker(self) -> Numbers:
@@ -153,13 +155,16 @@ def long_stage(replay: Replay, compute: Compute) -> Suspicion | None:
 
 
 def slow_workers(replay: Replay, compute: Compute) -> Suspicion | None:
-    """Workers that compute longer than the same stage of other replicas, while the rest of their replica does not (5.1)."""
+    """Workers that compute longer than the same stage of other replicas (section 5.1).
+
+    Where sequences differ, what all stages of a replica share is their data and no device's fault.
+    """
     lanes = replay.lanes
     if lanes.replicas == 1:
         return None
     ratio, in_step = _ratio(compute.of_worker), _ratio(compute.load)
-    replica, replica_in_step = _of_replica(ratio), _of_replica(in_step)
-    ratio, in_step = ratio / replica, in_step / replica_in_step
+    replica = _of_replica(ratio) if compute.uneven else np.ones((1, 1))
+    ratio, in_step = ratio / replica, in_step / (_of_replica(in_step) if compute.uneven else 1)
     lasting = (in_step > (1 + SLOW_WORKER) / 2).mean(axis=1)
     spread = 5 * 1.4826 * np.median(np.abs(ratio - 1), axis=1, keepdims=True) if lanes.replicas > 3 else 0
     shortest = _ratio(_shortest(replay, compute)) / replica
@@ -199,15 +204,15 @@ def _of_replica(ratio: Numbers) -> Numbers:
 def _shortest(replay: Replay, compute: Compute) -> Numbers:
     """Seconds of short microbatches (the 20 % quantile) of each worker, (P, D): a slow device is slow there too."""
     found = np.zeros((replay.lanes.stages, replay.lanes.replicas))
-    for (chunk, _), operations in compute.chunks.items():
+    for operations in compute.chunks.values():
         spent = replay.traced[operations].reshape(-1, replay.lanes.replicas)
-        found[chunk % replay.lanes.stages] += np.quantile(spent, 0.2, axis=0)
+        found[replay.lanes.stage[operations[0]]] += np.quantile(spent, 0.2, axis=0)
     return found
 
 
 def uneven_sequences(replay: Replay, compute: Compute) -> Suspicion | None:
     """Microbatches of unequal work: without it, each takes the mean of its worker's (section 5.3)."""
-    if compute.correlation is None or compute.correlation < CORRELATED or compute.deviation < UNEVEN:
+    if compute.correlation is None or not compute.uneven:
         return None
     lanes = replay.lanes
     scale = np.ones(replay.traced.shape)

@@ -66,12 +66,21 @@ class Dependencies:
     """levels: in topological order. node: of each operation, (O,). wide: which nodes join the replicas.
 
     joins: for each send or receive that moves something, the two stages it is between, (O, 2), -1 else.
+    orders: by stage, its compute by start.
     """
 
     levels: Sequence[Level]
     node: NDArray[np.int64]
     wide: NDArray[np.bool_]
     joins: NDArray[np.int64]
+    orders: Sequence[Sequence[int]]
+
+    def out_of_order(self, lanes: Lanes) -> float:
+        """In what share of the lanes a stage computed in another order than in most, so that a replay is not to be relied on."""
+        wrong = np.zeros(lanes.start.shape[1:], dtype=bool)
+        for order in self.orders:
+            wrong |= (np.diff(lanes.start[list(order)], axis=0) < -CLOCKS_SECONDS).any(axis=0)
+        return float(wrong.mean())
 
 
 def find_dependencies(lanes: Lanes) -> Dependencies:
@@ -102,6 +111,8 @@ class _Graph:
         self._by_place: dict[tuple[int, str], list[int]] = defaultdict(list)
         for operation in np.lexsort((lanes.seq_id, lanes.optype, lanes.stage)).tolist():
             self._by_place[int(lanes.stage[operation]), OPTYPES[lanes.optype[operation]]].append(operation)
+        self.chunk_of = lanes.chunk
+        self.last = max((lanes.chunk(int(one)) for one in np.flatnonzero(lanes.is_type(FORWARD))), default=0)
         self._microbatch = self._microbatches()
 
     def of(self, stage: int, *names: str) -> list[int]:
@@ -116,22 +127,13 @@ class _Graph:
         for earlier, later in pairwise(operations):
             self.before[later].append(earlier)
 
-    def chunk(self, operation: int) -> int:
-        """The chunk of a compute in the whole model."""
-        lanes = self.lanes
-        gmc = int(lanes.gmc[operation])
-        return gmc if gmc >= 0 else max(int(lanes.mc[operation]), 0) * lanes.stages + int(lanes.stage[operation])
-
-    def chunks(self) -> int:
-        return 1 + max(self.chunk(int(operation)) for operation in np.flatnonzero(self.lanes.is_type(FORWARD)))
-
     def _microbatches(self) -> dict[int, int]:
         """The microbatch of each compute: its mb_id, or where that names none, its turn within its chunk."""
         found: dict[tuple[str, int], list[int]] = defaultdict(list)
         for (_, name), operations in self._by_place.items():
             if name in (FORWARD, BACKWARD):
                 for operation in operations:
-                    found[name, self.chunk(operation)].append(operation)
+                    found[name, self.chunk_of(operation)].append(operation)
         named = [sorted(int(self.lanes.mb_id[operation]) for operation in group) for group in found.values()]
         trusted = all(names == named[0] and names[0] >= 0 and len(set(names)) == len(names) for names in named)
         return {
@@ -148,7 +150,6 @@ class _Graph:
 
     def transfers(self, stage: int) -> None:
         """Sends and receives of a stage, each with the compute it is of."""
-        last = self.chunks() - 1
         for name, compute, outward, step in (
             (FORWARD_SEND, FORWARD, True, 1), (FORWARD_RECV, FORWARD, False, -1),
             (BACKWARD_SEND, BACKWARD, True, -1), (BACKWARD_RECV, BACKWARD, False, 1),
@@ -157,14 +158,14 @@ class _Graph:
             self.chain(moves)
             turn = {operation: place for place, operation in enumerate(computes)}
             for move, matched in self._match(stage, name, moves, computes, step):
-                chunk, previous = self.chunk(matched), turn[matched] - 1
+                chunk, previous = self.chunk_of(matched), turn[matched] - 1
                 if outward:
                     self.before[move].append(matched)
                 else:
                     self.before[matched].append(move)
                     if previous >= 0:
                         self.before[move].append(computes[previous])
-                if 0 <= chunk + step <= last:
+                if self._goes(chunk + step):
                     arrives = chunk + step if outward else chunk
                     self.ends[compute, arrives, self._microbatch[matched]].append(move)
 
@@ -174,21 +175,27 @@ class _Graph:
         Profilers of interleaved pipelines also note transfers that were never launched: at the first and last chunk of the
         model (a pair is made, nothing moves) and before the first or after the last compute (no pair).
         """
-        wanted = [operation for operation in computes if 0 <= self.chunk(operation) + step < self.chunks()]
-        if len(moves) > len(computes):
-            if name in (FORWARD_RECV, BACKWARD_RECV):
-                latest = max(self.begin[operation] for operation in computes) + CLOCKS_SECONDS
-                moves = [move for move in moves if self.begin[move] <= latest]
-            else:
-                earliest = min(self.end[operation] for operation in computes) - CLOCKS_SECONDS
-                moves = [move for move in moves if self.end[move] >= earliest]
-        if len(moves) == len(wanted):
-            return list(zip(moves, wanted, strict=True))
-        if len(moves) == len(computes):
-            return list(zip(moves, computes, strict=True))
-        if len(moves) + 1 == len(computes) and computes[0] not in wanted:
-            return list(zip(moves, computes[1:], strict=True))
+        wanted = [operation for operation in computes if self._goes(self.chunk_of(operation) + step)]
+        for some in (moves, self._launched(name, moves, computes)):
+            if len(some) == len(wanted):
+                return list(zip(some, wanted, strict=True))
+            if len(some) == len(computes):
+                return list(zip(some, computes, strict=True))
+            if len(some) + 1 == len(computes) and computes[0] not in wanted:
+                return list(zip(some, computes[1:], strict=True))
         raise NotEnoughData(f"stage {stage} has {len(moves)} {name} for {len(wanted)} that its compute needs")
+
+    def _goes(self, chunk: int) -> bool:
+        """Whether something is exchanged with a chunk."""
+        return self.lanes.stages > 1 and 0 <= chunk <= self.last
+
+    def _launched(self, name: str, moves: list[int], computes: list[int]) -> list[int]:
+        """Without receives after the last compute has begun and sends before the first has ended."""
+        if name in (FORWARD_RECV, BACKWARD_RECV):
+            latest = max(self.begin[operation] for operation in computes) + CLOCKS_SECONDS
+            return [move for move in moves if self.begin[move] <= latest]
+        earliest = min(self.end[operation] for operation in computes) - CLOCKS_SECONDS
+        return [move for move in moves if self.end[move] >= earliest]
 
     def join_transfers(self) -> None:
         for (compute, chunk, microbatch), moves in self.ends.items():
@@ -246,9 +253,9 @@ class _Graph:
 
     def finish(self) -> Dependencies:
         level = _level_of_nodes(self)
-        width = np.unique(level)
-        levels = [_level(self, np.flatnonzero(level == depth)) for depth in width]
-        return Dependencies(levels, self.node, self.wide, self.joins)
+        levels = [_level(self, np.flatnonzero(level == depth)) for depth in range(int(level.max()) + 1)]
+        orders = [self.in_order(stage) for stage in range(self.lanes.stages)]
+        return Dependencies(levels, self.node, self.wide, self.joins, orders)
 
 
 def _level_of_nodes(graph: _Graph) -> NDArray[np.int64]:

@@ -44,6 +44,11 @@ class Lanes:
     def replicas(self) -> int:
         return self.ranks.shape[1]
 
+    def chunk(self, operation: int) -> int:
+        """The chunk of the model that a compute is of."""
+        gmc = int(self.gmc[operation])
+        return gmc if gmc >= 0 else max(int(self.mc[operation]), 0) * self.stages + int(self.stage[operation])
+
     def is_type(self, *names: str) -> NDArray[np.bool_]:
         """Which operations are of these types, (O,)."""
         return np.isin(self.optype, [OPTYPES.index(name) for name in names])

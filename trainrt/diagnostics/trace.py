@@ -85,6 +85,8 @@ class Trace:
                     f"{source}: {name} is said to be {given[name]}, but the trace has {found[name]}; "
                     "allowed: the metadata of this trace, or none"
                 )
+        if "tp_size" in given:
+            found["world_size"] = found["dp_size"] * found["pp_size"] * given["tp_size"]
         return cls(**whole, **times, sizes=found | given, source=source)
 
 
