@@ -233,6 +233,23 @@ def test_microbatches_are_matched_by_name_where_they_have_one() -> None:
         np.testing.assert_allclose(found.simulated, found.original, rtol=1e-9)
 
 
+def test_receives_that_were_noted_and_never_launched_move_nothing() -> None:
+    """As profilers of interleaved pipelines leave them: the first of the first stage is missing, one is there behind the last."""
+    columns = Job(noise=0.3, vpp=2, noops=True).columns()
+    receives = (columns["optype"] == OPTYPES.index("forward-recv")) & (columns["stage"] == 0)
+    last = receives & (columns["seq_id"] == columns["seq_id"][receives].max())
+    extra = {name: values[last] for name, values in columns.items()}
+    extra["start_ts"] = extra["start_ts"] + 3.0
+    extra["duration"] = extra["duration"] * 0
+    shifted = columns["seq_id"] - receives
+    kept = {
+        name: np.append(values[shifted >= 0], extra[name]) for name, values in {**columns, "seq_id": shifted}.items()
+    }
+    found, plain = (what_if(Replay.of(Trace.of(some))) for some in (kept, columns))
+    np.testing.assert_allclose(found.simulated, plain.simulated, rtol=1e-12)
+    assert found.M_S == plain.M_S
+
+
 def without(columns: dict[str, Any], drop: Any) -> Trace:
     return Trace.of({name: values[~drop] for name, values in columns.items()})
 
@@ -303,4 +320,4 @@ def test_the_published_figures_of_the_sample() -> None:
     for step, simulated in zip(found.steps, found.simulated, strict=True):
         ours[f"step {step}"], theirs[f"step {step}"] = simulated, result["step_t_nodelay"][str(step)]
     for name, value in ours.items():
-        assert value == pytest.approx(theirs[name], rel=1e-4), name
+        assert value == pytest.approx(theirs[name], rel=1e-5), name

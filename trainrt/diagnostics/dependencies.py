@@ -176,7 +176,7 @@ class _Graph:
         model (a pair is made, nothing moves) and before the first or after the last compute (no pair).
         """
         wanted = [operation for operation in computes if self._goes(self.chunk_of(operation) + step)]
-        for some in (moves, self._launched(name, moves, computes)):
+        for some in (self._launched(name, moves, computes), moves):
             if len(some) == len(wanted):
                 return list(zip(some, wanted, strict=True))
             if len(some) == len(computes):

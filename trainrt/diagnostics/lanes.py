@@ -113,9 +113,10 @@ def _rows(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _whole_steps(trace: Trace, there: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(operations, steps) to keep: the set of operations that most steps have in all replicas."""
     everywhere = there.all(axis=2)
-    alike = np.all(everywhere == there.any(axis=2), axis=0)
+    differ = np.not_equal(everywhere, there.any(axis=2))
+    alike = ~differ.any(axis=0)
     if not alike.any():
-        lacking = np.argwhere(everywhere != there.any(axis=2))[0]
+        lacking = np.argwhere(differ)[0]
         replica = int(np.argmin(there[lacking[0], lacking[1]]))
         raise NotEnoughData(
             f"{trace.source}: no step is whole (dp_rank {replica} lacks operations that other replicas have); "
