@@ -15,7 +15,7 @@ import numpy as np
 from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.levels import find_shift
 from trainrt.diagnostics.detectors.window import Window, nan_median
-from trainrt.diagnostics.detectors.workers import Slow, began, find_slow
+from trainrt.diagnostics.detectors.workers import began, find_slow
 from trainrt.diagnostics.table import Indices, Numbers
 
 LEAST_SLOWER = 0.4
@@ -78,7 +78,7 @@ def _slow_links(window: Window, groups: list[Groups]) -> Iterator[Finding]:
         if len(bad) < 2 or len(bad) < MOST_PAIRS * len(met[host]):
             continue
         effect = float(np.exp(np.median([slow[p].effect for p in bad])) - 1)
-        since = min(_began(slower[:, p], slow[p]) for p in bad)
+        since = min(began(slower[:, p], slow[p]) for p in bad)
         sure = max(slow.pop(p).score for p in bad)
         ranks = np.flatnonzero(window.roles.host == host)
         evidence = [
@@ -97,12 +97,8 @@ def _slow_links(window: Window, groups: list[Groups]) -> Iterator[Finding]:
         saved = _saved(window, groups, {one, other}, effect)
         yield Finding(
             "slow_link", "link", [], [hosts[one], hosts[other]], effect, found.score, evidence, saved=saved,
-            since=_began(slower[:, p], found),
+            since=began(slower[:, p], found),
         )  # fmt: skip
-
-
-def _began(slower: Numbers, found: Slow) -> int:
-    return began(slower, found.effect) if found.how == "lasting" else int(np.argmax(slower > LEAST_SLOWER))
 
 
 def _by_pair(window: Window, pair: Indices, number: int) -> tuple[Numbers, np.ndarray]:

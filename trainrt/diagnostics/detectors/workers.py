@@ -176,7 +176,7 @@ def _finding(
     stage = roles.coordinates["pp"][ranks[0]] if "pp" in roles.coordinates else None
     return Finding(
         cause, kind_of_culprit, ranks.tolist(), [roles.hosts[index] for index in np.unique(roles.host[ranks])], slow.effect,
-        slow.score, evidence, removed=all_kinds * window.scale, since=began(values, slow.effect),
+        slow.score, evidence, removed=all_kinds * window.scale, since=began(values, slow),
         stage=None if stage is None else int(stage),
     )  # fmt: skip
 
@@ -197,11 +197,13 @@ def is_drift(values: Numbers) -> bool:
     return bool(line[0] * steps > LEAST and of_line < of_step and of_line < 0.5 * flat)
 
 
-def began(values: Numbers, effect: float) -> int:
-    """The index of the first step since which most steps were slow."""
-    slow = values > effect / 2
-    since = len(slow)
-    for index in range(len(slow) - 1, -1, -1):
-        if slow[index:].mean() >= LASTING_LONG and slow[index]:
+def began(values: Numbers, slow: Slow) -> int:
+    """The index of the first step since which most steps were slow; of bursts, that of the first."""
+    late = values > slow.effect / 2
+    if slow.how == "bursts":
+        return int(late.argmax())
+    since = len(late) - slow.length
+    for index in range(since, -1, -1):
+        if late[index] and late[index:].mean() >= LASTING_LONG:
             since = index
-    return min(since, len(slow) - 1)
+    return since
