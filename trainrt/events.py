@@ -6,6 +6,8 @@ step. `trainrt.diagnostics` makes the step's summary of the ring, and of few ste
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -102,6 +104,11 @@ class EventRing:
         """The kind of the innermost open event, or nothing."""
         return self._open[-1][2] if self._open else ""
 
+    def computed(self, rows: int) -> None:
+        """Experts computed so many rows in a forward pass; what checkpointing computes again, and evaluation, is not counted."""
+        if self.innermost == "forward":
+            self.rows += rows
+
     def unwind(self, depth: int) -> None:
         """End what is open beyond a depth."""
         while len(self._open) > depth:
@@ -146,3 +153,25 @@ class Span:
 
 ring = EventRing()
 """The ring of this process: a worker is one rank, so there is one."""
+
+_GARBAGE = tuple(f"garbage_collection.{generation}" for generation in range(3))
+
+
+def record_garbage() -> None:
+    """Have collections of garbage inside a step recorded, with their generation in the name."""
+    if _collecting not in gc.callbacks:
+        gc.callbacks.append(_collecting)
+
+
+def _collecting(phase: str, facts: dict[str, int]) -> None:
+    """Of this rank's thread, or autograd's; while another one collects, it goes on with what needs no interpreter."""
+    if not ring.depth or not _computes(threading.current_thread()):
+        return
+    if phase == "start":
+        ring.begin(_GARBAGE[facts["generation"]], "garbage_collection")
+    else:
+        ring.end()
+
+
+def _computes(thread: threading.Thread) -> bool:
+    return thread is threading.main_thread() or isinstance(thread, threading._DummyThread)

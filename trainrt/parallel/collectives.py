@@ -15,26 +15,32 @@ from torch import Tensor
 from trainrt.events import ring
 
 OF_ALL = ("default_pg", "mesh_default", "undefined", "")
-"""What torch calls the group of all ranks."""
+"""What torch calls the group of all ranks. It is also that of an axis that has all of them."""
+_longest: list[str] = ["world"]
+
+
+def name_of_all(axis: str) -> None:
+    """From here on a group of all ranks is that of this axis, where nothing else is said."""
+    _longest[:] = [axis]
 
 
 def group_name(group: dist.ProcessGroup) -> str:
     """The axis of the mesh that a group lies along, as events carry it; "world" of all ranks."""
     name = group.group_desc
-    return "world" if name in OF_ALL else name.removeprefix("mesh_")
+    return _longest[0] if name in OF_ALL else name.removeprefix("mesh_")
 
 
-def all_reduce(x: Tensor, group: dist.ProcessGroup, *, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(x: Tensor, group: dist.ProcessGroup, *, op: Any = dist.ReduceOp.SUM, axis: str | None = None) -> Tensor:
     """Reduce `x` in place over the group; not differentiable."""
-    with ring.collective("all_reduce", group=group_name(group), bytes=x.nbytes):
+    with ring.collective("all_reduce", group=axis or group_name(group), bytes=x.nbytes):
         dist.all_reduce(x, op=op, group=group)
     return x
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup, *, axis: str | None = None) -> Tensor:
     """Stack the equal-shaped `x` of all ranks along a new first dimension; not differentiable."""
     out = x.new_empty((group.size(), *x.shape))
-    with ring.collective("all_gather", group=group_name(group), bytes=out.nbytes):
+    with ring.collective("all_gather", group=axis or group_name(group), bytes=out.nbytes):
         dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
     return out
 

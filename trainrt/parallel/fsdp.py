@@ -91,7 +91,7 @@ class TreeReduction(_Allocate, ReduceScatter):
         shards = output.clone().unsqueeze(0) if self._arrived is None else self._arrived
         self._arrived = None
         if self._replicas is not None:
-            shards = all_gather(shards, self._replicas).flatten(0, 1)
+            shards = all_gather(shards, self._replicas, axis="dp").flatten(0, 1)
         first = self._turn.index * len(shards)
         for position, shard in enumerate(shards):
             if (first + position) * self._span < self._turn.leaves:
@@ -152,4 +152,4 @@ def _configure(
 
 
 def _sum_over(gradient: Tensor, replicas: dist.ProcessGroup) -> None:
-    all_reduce(gradient, replicas)
+    all_reduce(gradient, replicas, axis="dp")

@@ -99,11 +99,15 @@ def make_groups(size: MeshSize, device: torch.device) -> Groups:
     """Create the process groups of a mesh; every rank of the default group calls this."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    from trainrt.parallel.collectives import name_of_all
+
     shape = (size.dp, size.fsdp, size.tp)
     dense = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "fsdp", "tp"))
     experts = None
     if size.ep > 1:
         experts = init_device_mesh(device.type, (size.efsdp, size.ep), mesh_dim_names=("efsdp", "ep"))
+    # torch has one group of all ranks; what goes over it by way of an axis is that axis's. FSDP2 says its own.
+    name_of_all(next((axis for axis in ("ep", "tp") if axis_size(size, axis) == size.world_size > 1), "world"))
     return Groups(size, device, dense, experts)
 
 

@@ -131,7 +131,7 @@ class Replicas:
             return
         with ring.span("compare_replicas", kind="other"):
             digests = torch.tensor([digest(self._engine.local[name]) for name in self.names], dtype=torch.int64)
-            table = all_gather(digests.to(self._engine.groups.device), self._group).cpu()
+            table = all_gather(digests.to(self._engine.groups.device), self._group, axis="dp").cpu()
         found = compare(self.names, table.tolist())
         if found is None:
             return

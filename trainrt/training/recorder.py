@@ -12,7 +12,7 @@ import torch
 
 from trainrt.diagnostics.account import summary
 from trainrt.diagnostics.windows import EventWriter
-from trainrt.events import EventRing, ring
+from trainrt.events import EventRing, record_garbage, ring
 from trainrt.run_dir import RunDir
 
 
@@ -29,6 +29,7 @@ class Recorder:
         self.epoch = time.time() - time.perf_counter()
         self._tokens = self._squares = 0.0
         source.clear()
+        record_garbage()
 
     def batch(self, batch: Mapping[str, Any]) -> None:
         """A batch that this rank computes: its sequences are work."""

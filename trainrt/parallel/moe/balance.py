@@ -40,7 +40,7 @@ class BiasBalance:
         load_RE = self._load_RE
         if load_RE is None:
             load_RE = torch.zeros((len(biases), len(biases[0])), dtype=torch.int64, device=biases[0].device)
-        load_RE = all_reduce(load_RE, group)
+        load_RE = all_reduce(load_RE, group, axis="world")
         # sign(mean - load), in whole numbers.
         direction_RE = (load_RE.sum(-1, keepdim=True) - load_RE.shape[-1] * load_RE).sign()
         for bias_E, direction_E in zip(biases, direction_RE, strict=True):

@@ -107,8 +107,8 @@ class RoutingCounter:
         if self._kinds is None:
             return None
         world = dist.distributed_c10d._get_default_group()
-        of_rank_WLE = all_gather(self._traffic_LE, world)
-        transitions_LEE = all_reduce(self._transitions_LEE.clone(), world)
+        of_rank_WLE = all_gather(self._traffic_LE, world, axis="world")
+        transitions_LEE = all_reduce(self._transitions_LEE.clone(), world, axis="world")
         self._traffic_LE //= 2
         self._transitions_LEE //= 2
         of_place_PLE = of_rank_WLE.unflatten(0, (-1, self._size.ep)).sum(0)

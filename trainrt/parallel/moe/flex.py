@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from trainrt.events import ring
 from trainrt.parallel.collectives import all_gather, reduce_scatter
 from trainrt.parallel.moe.exchange import Chunk, Exchange
 from trainrt.parallel.schedule import Schedule
@@ -134,6 +135,7 @@ class Travel(torch.autograd.Function):
 
         def experts(k: int, arrived: Tensor) -> Tensor:
             rows, counts = arrived[chunks[k].order], chunks[k].counts
+            ring.computed(len(rows))
             kept[k] = _Kept.of(way.pieces, rows, counts, leaves[:weights], graph=graph and ctx.keeps)
             return chunks[k].unsorted(kept[k].result)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainrt.events import ring
 from trainrt.parallel.collectives import CopyToGroup, ReduceFromGroup
 from trainrt.parallel.mesh import ExpertGroups
 from trainrt.parallel.moe.exchange import Counts, Exchange, gather_counts
@@ -168,6 +169,7 @@ class Spread:
 
 def through(pieces: Sequence[Piece], x_ND: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
     """Rows sorted by expert through all pieces of their experts."""
+    ring.computed(len(x_ND))
     for piece in pieces:
         x_ND = piece.compute(x_ND, counts, [weights[i] for i in piece.weights])
     return x_ND

@@ -65,7 +65,9 @@ def learn(tuners: list[Tuner], device: torch.device) -> None:
     """At the end of a step: all ranks learn what each observed."""
     with ring.span("tune_mixtures", kind="other"):
         for tuner in tuners:
-            tuner.learn(all_gather(tuner.observed(device), dist.distributed_c10d._get_default_group()).cpu())
+            tuner.learn(
+                all_gather(tuner.observed(device), dist.distributed_c10d._get_default_group(), axis="world").cpu()
+            )
 
 
 def recall(tuners: list[Tuner], documents: list[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from torch.distributed._composable import checkpoint
 from torch.distributed.fsdp import FSDPModule
 
 from trainrt.config import JobConfig
-from trainrt.events import ring
+from trainrt.events import NO_ROUND, ring
 from trainrt.parallel.blocks import find_blocks
 from trainrt.parallel.collectives import all_gather
 from trainrt.parallel.fsdp import apply_fsdp
@@ -33,6 +33,7 @@ from trainrt.parallel.moe.tuner import Tuner
 from trainrt.parallel.norm import ExactNorm, PlainNorm, SquaredNorm
 from trainrt.parallel.plan import Plan
 from trainrt.parallel.sharded.model import shard_model
+from trainrt.parallel.timed import time_blocks
 from trainrt.parallel.tree import Turn
 from trainrt.training.engines.mixtures import learn, spread_mixtures
 from trainrt.training.models.build import compute_dtype
@@ -55,6 +56,7 @@ def parallelize(
         for block in blocks or ():
             checkpoint(block)
     apply_fsdp(model, blocks, groups, experts=spread, compute=compute_dtype(config), turn=turn)
+    time_blocks(blocks or ())
     return model, tuners
 
 
@@ -147,6 +149,7 @@ class NativeEngine:
         """
         self.model.train()
         results = [self._leaf(step, turn, batches, leaves) for turn in range(len(batches))]
+        ring.microbatch = NO_ROUND
         gradients = self._gradients()
         names = sorted(results[0].auxiliary)
         numbers = self._gather(results, names, gradients, [float(stop), *measured])
@@ -172,7 +175,7 @@ class NativeEngine:
         )  # fmt: skip
 
     def _leaf(self, step: int, turn: int, batches: Sequence[tuple[Mapping[str, Any], int]], leaves: int) -> LeafResult:
-        leaf = self.leaf_of(turn, leaves)
+        leaf, ring.microbatch = self.leaf_of(turn, leaves), turn
         batch, digest = batches[turn]
         self._synchronize(turn, rounds=len(batches), leaves=leaves)
         # Dropout and the like depend on the leaf, not on who computes it (DESIGN section 6).
@@ -232,7 +235,7 @@ class NativeEngine:
             rows += [result.auxiliary[name] for name in names]
         mine = torch.tensor(rows, dtype=torch.float64, device=self.groups.device)
         with ring.span("gather_statistics", kind="other"):
-            table = all_gather(mine, dist.distributed_c10d._get_default_group()).cpu()
+            table = all_gather(mine, dist.distributed_c10d._get_default_group(), axis="world").cpu()
         return _Gathered(table.numpy(), names, self.plan, self._norm, len(measured))
 
     @torch.no_grad()
@@ -245,7 +248,7 @@ class NativeEngine:
                 loss = evaluate_loss(self.loss, self.model, batch)
                 if counts and self.where["tp"] == 0:
                     row += torch.stack((loss.sum.double(), loss.weight.double()))
-            table = all_gather(sums, dist.distributed_c10d._get_default_group()).cpu()
+            table = all_gather(sums, dist.distributed_c10d._get_default_group(), axis="world").cpu()
         # Round after round, and in each one rank after the other: the order of the batches on any mesh.
         total, weight = (sum(column.T.flatten().tolist()) for column in table.unbind(-1))
         return total / weight
