@@ -77,7 +77,7 @@ class Scene:
                         1000.0 + clock,
                         site,
                         len(logs[rank]) + 1,
-                    )  # fmt: skip
+                    )
                 )
         return {
             rank: Calls(
@@ -148,7 +148,7 @@ def test_a_rank_that_stays_away_is_missing_from_the_first_call_it_did_not_make(
     found = find(broken.run(turns(scene, data)))
     assert found is not None and (found.kind, found.culprits) == ("missing", (rank,))
     # Of several groups that miss it, the one that waits longest.
-    later = {step for step in scene.programs[rank][place:]}
+    later = set(scene.programs[rank][place:])
     call = found.made[0].call
     assert any((call.kind, call.shapes, call.site) == (s.kind, s.shapes, f"/x/mine.py:{s.line} loss") for s in later)
     assert awaited in later and rank not in found.victims and found.made[0].rank in found.victims

@@ -127,6 +127,11 @@ def test_lines_inside_the_collective_library_make_no_difference_others_do() -> N
     assert len(stacks.group({0: GATHER, 1: Stack("S", (GATHER.frames[0], Frame("run", "/x/loop.py", 10)))})) == 2
 
 
+def test_what_records_calls_is_no_place() -> None:
+    recorder = Frame("wait", f"/x{stacks.RECORDER}", 5)
+    assert stacks.without_recorder((recorder, *GATHER.frames)) == GATHER.frames
+
+
 def test_a_backward_pass_in_a_thread_of_its_own_is_part_of_the_stack() -> None:
     def thread(number: int, *names: tuple[str, str]) -> dict[str, Any]:
         frames = [{"name": name, "filename": file, "line": 1} for name, file in names]

@@ -197,7 +197,7 @@ def _waits(table: _Table, *, stopped: Collection[int]) -> Finding | None:
     by_rank: dict[int, _Wait] = {}
     for wait in waits:
         by_rank.setdefault(wait.rank, wait)
-    inside = {rank: call for rank in table.calls if (call := _blocked_in(table.calls[rank])) is not None}
+    inside = {rank: calls[-1] for rank, log in table.calls.items() if (calls := log.inside())}
     for wait in waits:
         roots = [rank for rank in wait.missing if rank not in by_rank and not _in_collective(inside.get(rank))]
         if roots:
@@ -212,9 +212,9 @@ def _all_waits(table: _Table) -> Iterable[_Wait]:
     somebody has not made.
     """
     for rank, log in table.calls.items():
-        collectives = [call for call in log.calls if call.collective and call.group in log.groups]
-        blocked = [call for call in collectives if call.blocked]
-        queued = [call for call in collectives if call.state in ("issued", "left")] if _blocked_in(log) is None else []
+        inside = log.inside()
+        blocked = [call for call in inside if call.collective and call.group in log.groups]
+        queued = [call for call in log.calls if call.collective and call.group in log.groups] if not inside else []
         for call in blocked or queued:
             key = table.key(rank, call)
             missing = table.missing(key, call.number)
@@ -222,11 +222,6 @@ def _all_waits(table: _Table) -> Iterable[_Wait]:
                 yield _Wait(rank, call, key, tuple(missing))
                 if not blocked:
                     break
-
-
-def _blocked_in(log: Calls) -> Call | None:
-    """The call that a rank is inside of, whatever it is."""
-    return next((call for call in reversed(log.calls) if call.blocked), None)
 
 
 def _in_collective(call: Call | None) -> bool:

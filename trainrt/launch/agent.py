@@ -25,6 +25,7 @@ from typing import Any
 
 from trainrt.errors import StoreError
 from trainrt.launch import stacks
+from trainrt.parallel import calls
 from trainrt.run_dir import RunDir
 
 DRIVER_SILENCE_SECONDS = 3.0
@@ -80,6 +81,7 @@ class Agent:
         self._news = asyncio.Event()
         self._workers: dict[int, Worker] = {}
         self._forked: dict[int, Worker] = {}
+        self._calls: dict[int, int] = {}
         self._zygote: ZygoteHandle | None = None
         self._store: Any = None
         self._stopped: set[int] = set()
@@ -156,14 +158,21 @@ class Agent:
                 kill(worker.pid)
 
     async def take_stacks(self, number: int) -> None:
-        """Look at the stacks of this node's workers, from outside; they come as an event with the request's number."""
+        """Look at the stacks of this node's workers, from outside; they come as an event with the request's number, and with
+        the workers' last collective calls.
+        """
         dumps = RunDir(self._run_dir)
         pids = {rank: worker.pid for rank, worker in self._workers.items() if worker.pid is not None}
         taken = await asyncio.gather(
             *(asyncio.to_thread(stacks.take, pid, dumps.stack_dump(rank)) for rank, pid in pids.items())
         )
         found = {rank: stack.to_json() for rank, stack in zip(pids, taken, strict=True)}
-        self._tell({"type": "stacks", "number": number, "ranks": found})
+        self._tell({"type": "stacks", "number": number, "ranks": found, "calls": await self.last_calls()})
+
+    async def last_calls(self) -> dict[int, dict[str, Any]]:
+        """The last collective calls of this node's ranks, of those too whose worker is dead."""
+        logs = {rank: calls.read(fd) for rank, fd in self._calls.items()}
+        return {rank: log.to_json() for rank, log in logs.items() if log is not None}
 
     async def kill_store(self) -> None:
         """SIGKILL the store; another one is started as after any death of it."""
@@ -200,6 +209,11 @@ class Agent:
 
     async def _fork(self, rank: int) -> Worker:
         ours, theirs = socket.socketpair()
+        if rank in self._calls:
+            os.close(self._calls[rank])
+        self._calls[rank] = calls.make_memory()
+        # Before all orders: the memory in which the worker keeps its collective calls. It outlives the worker here.
+        socket.send_fds(ours, [b"\n"], [self._calls[rank]])
         reader, writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES)
         worker = Worker(rank, writer)
         self._workers[rank] = worker

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from trainrt.diagnostics import verdict as diagnostics
+from trainrt.diagnostics.hang import verdict_of
 from trainrt.errors import ConfigError, PlanError, TrainrtError, UserError
 from trainrt.launch.dashboard import Dashboard
 from trainrt.launch.eviction import Eviction, Evictions
@@ -46,6 +48,7 @@ from trainrt.launch.machine import (
     check,
     published,
 )
+from trainrt.launch.matching import calls_of, diagnosis, may_be_mismatched, mismatch, signature
 from trainrt.launch.protection import Protection
 from trainrt.launch.publish import Processes, Status, append_metrics
 from trainrt.launch.record import Folder
@@ -53,7 +56,7 @@ from trainrt.launch.recovery import Patience, last_compared
 from trainrt.launch.reliability import Reliability
 from trainrt.launch.request import Previous, Request, look_back, write_config
 from trainrt.launch.stacks import Stack, render
-from trainrt.launch.symptoms import Error, Exit, Fault, Symptoms
+from trainrt.launch.symptoms import Error, Exit, Fault, Mismatch, Symptoms
 from trainrt.launch.telemetry import FLUSH_SECONDS, Telemetry
 from trainrt.launch.terminal import Terminal, next_command
 from trainrt.run_dir import now, replace, write_json
@@ -338,7 +341,9 @@ class Driver:
                     self.ground.fleet.tell("kill_store", {event.node: ()})
             case "stacks":
                 taken = {rank: Stack.from_json(stack) for rank, stack in what["ranks"].items()}
-                self.watch.stacks(what["number"], taken)
+                self.watch.stacks(
+                    what["number"], taken, calls_of(what["calls"], incarnation=self.status.fields["incarnation"])
+                )
             case "store_ended":
                 self.ground.store_changed(event.node, None)
                 self.protection.store_lost(event.node, at=event.at, step=self._running().completed)
@@ -526,6 +531,7 @@ class Driver:
         """Keep the stacks, and end the culprits: that frees the others."""
         hang, path = found.hang, self.run_dir.stacks(self._running().number)
         replace(path, render(f"incarnation {self._running().number}: {hang.message}", found.finding))
+        self._write_diagnosis(found.verdict(self._running().seats, step=self._running().completed))
         ranks: dict[str, list[int]] = {}
         for rank in hang.ranks:
             ranks.setdefault(self._running().seats[rank], []).append(rank)
@@ -533,6 +539,21 @@ class Driver:
         symptoms = Symptoms(self._running().seats)
         symptoms.hang = dataclasses.replace(hang, message=f"{hang.message}; stacks: {path}")
         return Diagnosing(at, symptoms)
+
+    def _match_calls(self, symptoms: Symptoms) -> None:
+        """Look whether a mismatched call can have led to this."""
+        seats = self._running().seats
+        answers = self.ground.fleet.call("last_calls", dict.fromkeys(set(seats.values()), ()))
+        ranks = {rank: log for answer in answers.values() for rank, log in answer.items() if rank in seats}
+        incarnation = self.status.fields["incarnation"]
+        found = mismatch(calls_of(ranks, incarnation=incarnation))
+        if found is not None:
+            verdict = verdict_of(found, hosts=seats, since_step=self._running().completed)
+            symptoms.mismatch = Mismatch(found.culprits, verdict.sentence, signature(found))
+            self._write_diagnosis(verdict)
+
+    def _write_diagnosis(self, verdict: diagnostics.Verdict) -> None:
+        write_json(self.run_dir.diagnosis, diagnosis(verdict).to_json())
 
     def _symptom(self, state: State, at: float) -> Diagnosing:
         if isinstance(state, Diagnosing):
@@ -556,6 +577,8 @@ class Driver:
         if not symptoms.explained and not symptoms.ended_by_us and waited < EXPLAIN_SECONDS:
             return state
         if state.resume_at is None:
+            if may_be_mismatched(symptoms):
+                self._match_calls(symptoms)
             self._judge(state)
         if state.failure is not None:
             return Failed(state.failure)

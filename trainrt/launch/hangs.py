@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trainrt.diagnostics import hang as matching
+from trainrt.diagnostics import verdict as diagnostics
+from trainrt.launch.matching import verdict_by_stacks
 from trainrt.launch.stacks import Finding, Stack, find_culprits
 from trainrt.launch.symptoms import Hang, names
+from trainrt.parallel.calls import Calls
 
 STEPS = 3.0
 """A step may take so many times the 99th percentile of those before it."""
@@ -48,10 +52,21 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A hang, and what the stacks of all ranks say."""
+    """A hang, what the stacks of all ranks say, and what their calls do (None: nothing)."""
 
     hang: Hang
     finding: Finding
+    matched: matching.Finding | None = None
+
+    def verdict(self, hosts: Mapping[int, str], *, step: int) -> diagnostics.Verdict:
+        """In the words of diagnoses, after `step`."""
+        found, hang = self.finding, self.hang
+        if self.matched is not None:
+            return matching.verdict_of(self.matched, hosts=hosts, places=found.places(), since_step=step)
+        victims = tuple(rank for one in found.groups for rank in one.ranks if rank not in hang.ranks)
+        return verdict_by_stacks(
+            hang.ranks, victims, hang.message, hosts=hosts, stopped=found.cause == "stopped", step=step
+        )
 
 
 @dataclass(slots=True)
@@ -76,6 +91,7 @@ class _Rank:
 class _Suspicion:
     number: int
     stacks: dict[int, Stack] = field(default_factory=dict)
+    calls: dict[int, Calls] = field(default_factory=dict)
 
 
 class Watch:
@@ -150,10 +166,11 @@ class Watch:
         del self._stores[node]
         return True
 
-    def stacks(self, number: int, stacks: Mapping[int, Stack]) -> None:
-        """An agent's answer to a request."""
+    def stacks(self, number: int, stacks: Mapping[int, Stack], calls: Mapping[int, Calls] | None = None) -> None:
+        """An agent's answer to a request. `calls`: the last collective calls of the same ranks."""
         if self._suspicion is not None and self._suspicion.number == number:
             self._suspicion.stacks.update(stacks)
+            self._suspicion.calls.update(calls or {})
 
     # What follows from it.
 
@@ -195,7 +212,7 @@ class Watch:
         complete = self._suspicion.stacks.keys() >= self._ranks.keys()
         if left > (JUDGE_SECONDS * ahead if complete else 0.0):
             return None
-        return self._judge(self._suspicion.stacks, now, completed=completed)
+        return self._judge(self._suspicion, now, completed=completed)
 
     def _left(self) -> tuple[float, float]:
         """Seconds until the first limit is reached, and that limit."""
@@ -206,18 +223,36 @@ class Watch:
         lefts += [(self._least - (self._clock - since), self._least) for since in stops]
         return min(lefts, default=(math.inf, math.inf))
 
-    def _judge(self, stacks: Mapping[int, Stack], now: float, *, completed: int) -> Verdict | None:
+    def _judge(self, suspicion: _Suspicion, now: float, *, completed: int) -> Verdict | None:
         active = {rank: held for rank, held in self._ranks.items() if held.phase != "done"}
-        found = find_culprits({rank: stacks.get(rank, Stack("")) for rank in active})
+        found = find_culprits({rank: suspicion.stacks.get(rank, Stack("")) for rank in active})
         if found.cause == "store" and not self._extra:
             self._extra, self._suspicion = STORE_SECONDS, None
             return None
-        ranks = found.culprits or tuple(active)
+        matched = _match(found, suspicion.calls, active)
+        ranks = matched.culprits if matched is not None else found.culprits or tuple(active)
+        if matched is not None and set(ranks) != set(found.culprits):
+            found = replace(found, culprits=ranks, cause="matched")
         seconds = max(now - active[rank].alive for rank in ranks)
         message = _message(found, ranks, self._seats, seconds=seconds, completed=completed)
-        first = next(one.stack for one in found.groups if one.ranks[0] in ranks)
+        if matched is not None:
+            message += f"; {matching.sentence(matched, hosts=self._seats, places=found.places())}"
+        first = next(one.stack for one in found.groups if set(one.ranks) & set(ranks))
         signature = None if found.cause == "stopped" else f"worker_hang {ranks} {first.top()}"
-        return Verdict(Hang(ranks, message, seconds, signature), found)
+        return Verdict(Hang(ranks, message, seconds, signature), found, matched)
+
+
+def _match(found: Finding, calls: Mapping[int, Calls], active: Collection[int]) -> matching.Finding | None:
+    """What the calls say; nothing where they accuse others than a stopped process, or ranks that are done."""
+    stopped = found.culprits if found.cause == "stopped" else ()
+    matched = matching.find(calls, stopped=stopped)
+    if (
+        matched is None
+        or (stopped and set(matched.culprits) != set(stopped))
+        or not set(matched.culprits) <= set(active)
+    ):
+        return None
+    return matched
 
 
 def slow(steps: Sequence[float]) -> float:
@@ -235,6 +270,7 @@ def _message(
         "minority": "alone in",
         "alike": "deadlocked, none differs from the others, in",
         "store": "waiting for the store in",
+        "matched": "in",
     }[found.cause]
     blamed = [one for one in found.groups if set(one.ranks) & set(ranks)]
     where = "; ".join(f"{doing} {one.stack.top()}" for one in blamed[:3])

@@ -28,6 +28,7 @@ GATHERS = ("/trainrt/training/engines/native.py", "_gather")
 """On a GPU the step's gather is waited for where its numbers are read."""
 WAITS_FOR_STORE = "/trainrt/checkpoint/store/"
 STORE_DEPTH = 6
+RECORDER = "/trainrt/parallel/recording.py"
 BACKWARD = "_engine_run_backward"
 DUMPED_FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$')
 
@@ -99,10 +100,15 @@ def take(pid: int, dump: Path) -> Stack:
     state = kernel_state(pid)
     frames = by_py_spy(pid)
     if frames is not None:
-        return Stack(state, frames, "py-spy")
+        return Stack(state, without_recorder(frames), "py-spy")
     if state not in (STOPPED, ""):
         frames = by_signal(pid, dump)
-    return Stack(state, frames, "faulthandler") if frames else Stack(state)
+    return Stack(state, without_recorder(frames), "faulthandler") if frames else Stack(state)
+
+
+def without_recorder(frames: Sequence[Frame]) -> tuple[Frame, ...]:
+    """What stands behind every collective call says nothing of it."""
+    return tuple(frame for frame in frames if not frame.file.endswith(RECORDER))
 
 
 def kernel_state(pid: int) -> str:
@@ -196,13 +202,17 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Finding:
     """`culprits` keep the others waiting; none where no rank differs. `cause` is stopped, elsewhere (than in a
-    collective, where the others wait), minority (in another collective than most), alike, or store (ranks wait for
-    their store, which is no fault of theirs).
+    collective, where the others wait), minority (in another collective than most), alike, store (ranks wait for
+    their store, which is no fault of theirs), or matched (named by their collective calls instead).
     """
 
     culprits: tuple[int, ...]
     cause: str
     groups: tuple[Group, ...]
+
+    def places(self) -> dict[int, str]:
+        """The innermost frames of each rank."""
+        return {rank: one.stack.top() for one in self.groups for rank in one.ranks if one.stack.frames}
 
 
 def group(stacks: Mapping[int, Stack]) -> tuple[Group, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SURVIVABLE = ("worker_exit", "worker_hang", "node_loss", "network", "user_error", "storage")
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -85,6 +85,15 @@ class Hang:
     signature: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A collective call that ranks made differently, as their logs of calls say: what a crash or an error came of."""
+
+    ranks: tuple[int, ...]
+    sentence: str
+    signature: str
+
+
 @dataclass(slots=True)
 class Symptoms:
     """What is known since the first sign of a fault. `seats` are the nodes of the ranks."""
@@ -96,6 +105,7 @@ class Symptoms:
     nodes: dict[str, tuple[str, float]] = field(default_factory=dict)
     ended_by_us: set[int] = field(default_factory=set)
     hang: Hang | None = None
+    mismatch: Mismatch | None = None
 
     def unaccounted(self) -> list[int]:
         """Ranks that nothing is known of, still at work or stuck, and those whose end was ordered and has not come."""
@@ -111,7 +121,16 @@ class Symptoms:
         return bool(self.hang or self.errors or self.nodes or set(self.exits) - self.ended_by_us)
 
     def fault(self) -> Fault:
-        """The cause, from the strongest symptom to the weakest."""
+        """The cause, from the strongest symptom to the weakest; and a mismatched call, which may have led to it."""
+        fault, found = self._fault(), self.mismatch
+        if found is None:
+            return fault
+        # Whoever lost a connection lost it to a crash, or to the mismatch itself.
+        kind = "user_error" if fault.kind == "network" else fault.kind
+        message, nodes = f"{fault.message}; {found.sentence}", self._nodes_of(found.ranks)
+        return replace(fault, kind=kind, message=message, ranks=found.ranks, nodes=nodes, signature=found.signature)
+
+    def _fault(self) -> Fault:
         if self.nodes:
             return self._node_loss()
         if self.hang is not None:

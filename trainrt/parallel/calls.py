@@ -32,6 +32,7 @@ STATE_AT = 28
 TEXT_BYTES = SLOT_BYTES - SLOT.size
 STATES = ("entered", "issued", "waiting", "left", "failed")
 ENTERED, ISSUED, WAITING, LEFT, FAILED = range(len(STATES))
+INSIDE = ("entered", "waiting")
 POINT_TO_POINT = ("send", "recv")
 
 
@@ -54,11 +55,6 @@ class Call:
     entered: float
     site: str
     order: int
-
-    @property
-    def blocked(self) -> bool:
-        """Whether the rank is (or, when it failed, was) inside."""
-        return self.state in ("entered", "waiting", "failed")
 
     @property
     def collective(self) -> bool:
@@ -92,6 +88,11 @@ class Calls:
     incarnation: int
     groups: Mapping[str, Membership]
     calls: Sequence[Call]
+
+    def inside(self) -> list[Call]:
+        """The calls that the rank is inside of, and the last one, where that failed: somebody may have gone on after another."""
+        last = list(self.calls[-1:])
+        return [call for call in self.calls if call.state in INSIDE or (call.state == "failed" and [call] == last)]
 
     def to_json(self) -> dict[str, Any]:
         groups = [[one.key, one.name, spans(one.members), one.entered] for one in self.groups.values()]

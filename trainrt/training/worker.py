@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import os
 import re
 import signal
 import socket
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 from trainrt.errors import Anomaly, CheckpointError, NonFinite, PeerLost, ReplicasDiffer, StoreError, TrainrtError
+from trainrt.parallel.calls import Log
 from trainrt.parallel.mesh import backend_of, talk_over_the_way_to
+from trainrt.parallel.recording import record_calls
 from trainrt.run_dir import RunDir
 from trainrt.training.control import Control
 from trainrt.training.job import Job, Spec
@@ -38,18 +41,28 @@ PEER_LOST = re.compile(
 def serve(connection: socket.socket) -> None:
     """Run incarnations as ordered, until told to exit."""
     torch.set_num_threads(1)
+    recorder = record_calls(receive_log(connection))
     control = Control(connection)
     control.send("ready")
     while True:
         spec = Spec.from_message(control.next_start())
         show_stacks_when_asked(spec)
         before = open_connections()
+        recorder.begin(spec.incarnation)
         try:
             _run_incarnation(spec, control)
         finally:
             # Peers that wait for this rank hear of it now, whatever still refers to the group.
             shut_connections(since=before, keep=spec.rendezvous)
             _drop_group()
+
+
+def receive_log(connection: socket.socket) -> Log:
+    """The memory for this rank's collective calls, which the agent sends before all orders."""
+    _, (fd,), _, _ = socket.recv_fds(connection, 1, 1)
+    log = Log(fd)
+    os.close(fd)
+    return log
 
 
 def _run_incarnation(spec: Spec, control: Control) -> None:
