@@ -240,6 +240,31 @@ def diagnose(
         print("\n".join(lines(document)))
 
 
+@app.command()
+def doctor(
+    address: Annotated[
+        str, typer.Option(help="Ray: local (simulated nodes of this machine), auto, or HOST:PORT.")
+    ] = "local",
+    nodes: Annotated[int | None, typer.Option(help="How many nodes; by default 2 locally, else all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check the nodes, links and collectives of a cluster. Exit 1 if one is not like its peers."""
+    from trainrt.launch.doctor import doctor as examine
+    from trainrt.launch.doctor import table as shown
+
+    document = examine(address=address, nodes=nodes)
+    if as_json:
+        _print_json(document)
+    else:
+        head, rows, lines = shown(document)
+        table = Table(*head, title="ok" if document["ok"] else "not ok")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        print("\n".join(lines))
+    _leave(0 if document["ok"] else 1)
+
+
 def _leave(code: int) -> NoReturn:
     """End at once. All is closed, and taking down an interpreter with torch and Ray in it takes more than a second."""
     sys.stdout.flush()

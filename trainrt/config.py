@@ -160,6 +160,7 @@ class EvaluationConfig(Section):
 class DiagnosticsConfig(Section):
     """`hang_seconds`: ranks that make no progress for so long, or for three slow steps where that is longer, are looked
     at and ended; 0: never (for a debugger). `corruption_check_every` in steps: replicas over dp are compared; 0: never.
+    `selfcheck`: nodes are looked at before a start and after an incident, and those that fail get no ranks.
     """
 
     evict: Literal["advise", "automatic"] = "advise"
@@ -168,6 +169,7 @@ class DiagnosticsConfig(Section):
     tracker: Literal["none", "tensorboard"] = "none"
     hang_seconds: float = Field(3.0, ge=0)
     corruption_check_every: int = Field(100, ge=0)
+    selfcheck: bool = True
 
 
 @dataclass(frozen=True, slots=True)

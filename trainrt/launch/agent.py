@@ -174,6 +174,14 @@ class Agent:
         logs = {rank: calls.read(fd) for rank, fd in self._calls.items()}
         return {rank: log.to_json() for rank, log in logs.items() if log is not None}
 
+    async def selfcheck(self, device: str) -> dict[str, float]:
+        """What this node can do, in the short form (`diagnostics/selfcheck.py`); empty where that cannot be measured."""
+        from trainrt.checkpoint.store.slots import memory_bytes
+        from trainrt.diagnostics import selfcheck
+
+        held = memory_bytes(self._orders.run_id) - selfcheck.shared_memory_free()
+        return await asyncio.to_thread(selfcheck.run, selfcheck.SHORT, self._run_dir, device=device, held=max(0, held))
+
     async def kill_store(self) -> None:
         """SIGKILL the store; another one is started as after any death of it."""
         if self._store is not None:

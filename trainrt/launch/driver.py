@@ -199,6 +199,7 @@ class Driver:
         finally:
             preflight = self.planner.result(check=self._check_start)
         self._phase("plan")
+        names = self._without_unfit(names)
         if self.previous is not None:
             self.status.fields["step"] = max(self.status.fields["step"], self.run_dir.take_journal())
         self.entropy = preflight.unigram_entropy
@@ -214,6 +215,24 @@ class Driver:
         )  # fmt: skip
         self._order()
         return Starting(self.began)
+
+    def _without_unfit(self, names: list[str]) -> list[str]:
+        """The nodes that pass their self-checks; the others are lost before they had a rank."""
+        unfit = self._unfit(names)
+        spare = len(names) - self.config.cluster.nodes
+        for node, why in unfit.items():
+            self.ground.lose(node)
+            message, step = f"node {node} is left out: {why}", self.status.fields["step"]
+            action = "replace" if len(unfit) <= spare else "shrink"
+            self.ledger.open(Incident("node_loss", message, self.began, nodes=[node], step=step, action=action))
+        return [name for name in names if name not in unfit]
+
+    def _unfit(self, nodes: list[str]) -> dict[str, str]:
+        vetted = self.ground.vetting.result(nodes)
+        for text in [*(f"node {node} is left out: {why}" for node, why in vetted.unfit.items()), vetted.remark]:
+            if text:
+                self.terminal.line(text, style="yellow")
+        return vetted.unfit
 
     def _plan_rows(self, plan: Any) -> list[tuple[str, str]]:
         write_json(self.run_dir.plan, plan.to_json())
@@ -564,6 +583,9 @@ class Driver:
         """Wait until every rank is accounted for and the cause is known, or known to stay unknown."""
         symptoms, waited = state.symptoms, time.monotonic() - state.since
         unaccounted = symptoms.unaccounted()
+        if symptoms.concerns_nodes and not state.vetted:
+            state.vetted = True
+            self.ground.vetting.begin_again(node for node in self._running().nodes if node not in symptoms.nodes)
         if unaccounted:
             if waited > RELEASE_SECONDS:
                 self._running().abandon(lost=symptoms.nodes)
@@ -615,9 +637,13 @@ class Driver:
         running = self._running()
         incident = self.ledger.last()
         lost = list(state.symptoms.nodes)
-        if lost:
+        unfit = self._unfit([node for node in running.nodes if node not in lost]) if state.vetted else {}
+        if unfit:
+            incident.nodes = sorted({*incident.nodes, *unfit})
+            incident.message += "".join(f"; node {node} is left out: {why}" for node, why in unfit.items())
+        if lost or unfit:
             try:
-                incident.action = running.replace(lost, check=self._check_start)
+                incident.action = running.replace(lost, unfit=unfit, check=self._check_start)
             except PlanError as error:
                 incident.action = "stop"
                 return Failed(f"{incident.message}; no spare is left and the mesh cannot shrink: {error}")

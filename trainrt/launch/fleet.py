@@ -153,6 +153,10 @@ class Fleet:
             if node in self._actors:
                 getattr(self._actors[node], method).remote(*given)
 
+    def ask(self, node: str, method: str, *given: Any) -> Any:
+        """Call a method of one agent, which need not be up yet; Ray's reference to the answer. Raises KeyError without one."""
+        return getattr(self._actors[node], method).remote(*given)
+
     def forget(self, node: str) -> None:
         """An agent is gone: give back what was reserved for it."""
         import ray

@@ -17,6 +17,7 @@ from trainrt.launch.fleet import Fleet
 from trainrt.launch.machine import Event
 from trainrt.launch.record import Folder, Record, Shape
 from trainrt.launch.stores import Stores, sweep_memory
+from trainrt.launch.vetting import Vetting
 from trainrt.run_dir import RunDir
 
 
@@ -42,6 +43,7 @@ class Ground:
         self.stores = Stores(run_dir, config, secret=self.secret)
         self.device = chosen_device(config)
         self.shape = shape_of(config, self.device)
+        self.vetting = Vetting(self.fleet, config, device=self.device)
         self.cluster: Cluster
         self.record: Record
 
@@ -89,6 +91,7 @@ class Ground:
         if adopt:
             alive = {site.name: site for site in self.cluster.alive() if site.name}
             found = self.fleet.adopt(self.record.names, alive)
+            self.vetting.begin(found)
             self._setup(found, check=check)
         if adopt and self.fleet.nodes:
             absent = set(self.record.names) - set(self.fleet.nodes)
@@ -102,8 +105,9 @@ class Ground:
         return [name for name in self.record.names if name in self.fleet.nodes]
 
     def add(self, sites: list[Site], *, check: Callable[[], None]) -> None:
-        """Put agents on sites and wait for them."""
+        """Put agents on sites and wait for them; meanwhile they look at their nodes."""
         self.fleet.start(sites, self._orders, resources=self._resources())
+        self.vetting.begin(site.name for site in sites)
         self._setup([site.name for site in sites], check=check)
 
     def in_place(self, node: str) -> Site | None:

@@ -114,14 +114,17 @@ class Incarnation:
 
     # Seats.
 
-    def replace(self, lost: list[str], *, check: Callable[[], None]) -> str:
-        """Find other seats for the ranks of lost nodes. Returns the action: restart, replace or shrink.
+    def replace(self, lost: list[str], *, unfit: Collection[str] = (), check: Callable[[], None]) -> str:
+        """Find other seats for the ranks of nodes that are lost, or unfit. Returns the action: restart, replace or shrink.
 
         Raises PlanError where too few nodes are left for any mesh.
         """
         action = "restart"
-        for node in lost:
-            place = self._ground.in_place(node)
+        for node in set(unfit) & set(self._spares):
+            self._ground.lose(node)
+            self.drop_spare(node)
+        for node in [*lost, *(node for node in unfit if node in self._nodes and node not in lost)]:
+            place = None if node in unfit else self._ground.in_place(node)
             self._ground.lose(node)
             if place is not None:
                 # Ray's node lives: only the agent died, or it died first.
@@ -180,6 +183,11 @@ class Incarnation:
             self._fit()
             self._seat()
         return taken
+
+    @property
+    def nodes(self) -> list[str]:
+        """Those with seats, then the spares."""
+        return [*self._nodes, *self._spares]
 
     def drop_spare(self, node: str) -> None:
         if node in self._spares:

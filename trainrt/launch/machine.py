@@ -75,6 +75,7 @@ class Diagnosing:
     since: float
     symptoms: Symptoms
     killed: bool = False
+    vetted: bool = False
     failure: str | None = None
     resume_at: float | None = None
 

@@ -120,6 +120,12 @@ class Symptoms:
         """Whether something is known that can be the cause, not only that peers were lost."""
         return bool(self.hang or self.errors or self.nodes or set(self.exits) - self.ended_by_us)
 
+    @property
+    def concerns_nodes(self) -> bool:
+        """Whether it may well be a node that is at fault, not only what ran on it."""
+        only_lost_peers = bool(self.parked) and not self.explained and not self.unaccounted()
+        return bool(self.nodes or self.hang or self.ended_by_us) or only_lost_peers
+
     def fault(self) -> Fault:
         """The cause, from the strongest symptom to the weakest; and a mismatched call, which may have led to it."""
         fault, found = self._fault(), self.mismatch

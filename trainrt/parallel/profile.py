@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -24,6 +24,9 @@ from trainrt.errors import ConfigError, nearest
 from trainrt.parallel.cost import MEMORY_BYTES, PEAK_FLOPS, Device
 from trainrt.parallel.mesh import backend_of, choose_device
 from trainrt.parallel.processes import last_word, run_ranks
+
+if TYPE_CHECKING:
+    import torch
 
 MEASURED = "measured"
 SMALL, LARGE = 1 << 12, 1 << 24
@@ -98,18 +101,25 @@ def measure() -> Device:
 
     kind = choose_device("auto")
     link = _links() if kind == "cpu" or torch.cuda.device_count() > 1 else device_of("h100")
-    size, dtype = (1024, torch.float32) if kind == "cpu" else (8192, torch.bfloat16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        a = torch.ones(size, size, dtype=dtype, device=kind)
-        seconds = _seconds(lambda: (a @ a).sum().item())
+        flops = product_flops(torch.device(kind))
     finally:
         torch.set_num_threads(threads)
     # Ranks on a CPU share its memory, a core each.
     own = psutil.virtual_memory().total // (os.cpu_count() or 1)
     memory = own if kind == "cpu" else torch.cuda.get_device_properties(0).total_memory
-    return Device(MEASURED, 2 * size**3 / seconds, memory, link.link_bytes_per_second, link.latency_seconds)
+    return Device(MEASURED, flops, memory, link.link_bytes_per_second, link.latency_seconds)
+
+
+def product_flops(device: torch.device) -> float:
+    """Operations a second of products of matrices on a device: float32 on a CPU, bfloat16 on a GPU."""
+    import torch
+
+    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _seconds(lambda: (a @ a).sum().item())
 
 
 def _seconds(action: Callable[[], Any]) -> float:
