@@ -20,9 +20,9 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from tests.diagnostics.traces import Job, Seconds
-from trainrt.diagnostics.replay import Replay, what_if
-from trainrt.diagnostics.trace import OPTYPES, read_trace
-from trainrt.diagnostics.whatif import diagnose
+from trainrt.diagnostics.replay.replay import Replay, what_if
+from trainrt.diagnostics.replay.trace import OPTYPES, read_trace
+from trainrt.diagnostics.replay.whatif import diagnose
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from tests.jobs import engine, job, train
 from tests.ranks import run_ranks
-from trainrt.diagnostics.account import exclusive, summary
+from trainrt.diagnostics.recording.summary import exclusive, summary
 from trainrt.diagnostics.table import AXES, PARTS, SUMMARY, WORK
 from trainrt.events import Event, EventRing, ring
 

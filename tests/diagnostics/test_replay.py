@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.diagnostics.traces import LENGTHS, Job, Seconds
-from trainrt.diagnostics.replay import Replay, WhatIf, what_if
-from trainrt.diagnostics.trace import COLUMNS, OPTYPES, Trace, read_trace
+from trainrt.diagnostics.replay.replay import Replay, WhatIf, what_if
+from trainrt.diagnostics.replay.trace import COLUMNS, OPTYPES, Trace, read_trace
 from trainrt.errors import DiagnosticsError, NotEnoughData
 
 FORWARD, BACKWARD = LENGTHS["forward-compute"], LENGTHS["backward-compute"]
@@ -208,7 +208,7 @@ def test_one_replica_as_traced_is_the_same_in_two_lanes_and_in_all() -> None:
 def test_blocks_of_scenarios_do_not_change_what_they_give(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(noise=0.3, steps=5)
     whole = figures(job)
-    monkeypatch.setattr("trainrt.diagnostics.replay.BLOCK", 2000)
+    monkeypatch.setattr("trainrt.diagnostics.replay.replay.BLOCK", 2000)
     parts = figures(Job(noise=0.3, steps=5))
     np.testing.assert_array_equal(whole.simulated, parts.simulated)
     np.testing.assert_array_equal(whole.by_worker, parts.by_worker)

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import csv, parquet
 
 from tests.diagnostics.traces import Job
-from trainrt.diagnostics.trace import COLUMNS, OPTYPES, Trace, read_trace
+from trainrt.diagnostics.replay.trace import COLUMNS, OPTYPES, Trace, read_trace
 from trainrt.errors import DiagnosticsError
 
 

@@ -12,9 +12,9 @@ import pytest
 from tests.diagnostics.test_replay import COMPUTES, TRACES, sample, slower
 from tests.diagnostics.test_trace import written
 from tests.diagnostics.traces import LENGTHS, Job, Seconds
-from trainrt.diagnostics.trace import OPTYPES, Trace
+from trainrt.diagnostics.replay.trace import OPTYPES, Trace
+from trainrt.diagnostics.replay.whatif import diagnose, diagnose_trace
 from trainrt.diagnostics.verdict import ACTIONS, CAUSES, KINDS, Diagnosis, Verdict
-from trainrt.diagnostics.whatif import diagnose, diagnose_trace
 from trainrt.errors import DiagnosticsError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.diagnostics.trace import OPTYPES, Trace
+from trainrt.diagnostics.replay.trace import OPTYPES, Trace
 
 Seconds = np.ndarray[Any, np.dtype[np.float64]]
 Turn = tuple[str, int, int]

@@ -31,7 +31,7 @@ def diagnose(path: str | Path) -> dict[str, Any]:
 
 
 def _of_trace(path: Path) -> Diagnosis:
-    from trainrt.diagnostics.whatif import diagnose_trace
+    from trainrt.diagnostics.replay.whatif import diagnose_trace
 
     return diagnose_trace(path)
 

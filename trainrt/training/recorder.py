@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from trainrt.diagnostics.account import summary
-from trainrt.diagnostics.windows import EventWriter
+from trainrt.diagnostics.recording.summary import summary
+from trainrt.diagnostics.recording.windows import EventWriter
 from trainrt.events import EventRing, record_garbage, ring
 from trainrt.run_dir import RunDir
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from trainrt.diagnostics.causes import LASTING, Numbers, Suspicion, listed
-from trainrt.diagnostics.replay import Replay
-from trainrt.diagnostics.trace import BACKWARD_RECV, BACKWARD_SEND, GATHER, SCATTER, SEPARATE
+from trainrt.diagnostics.replay.causes import LASTING, Numbers, Suspicion, listed
+from trainrt.diagnostics.replay.replay import Replay
+from trainrt.diagnostics.replay.trace import BACKWARD_RECV, BACKWARD_SEND, GATHER, SCATTER, SEPARATE
 
 SLOW_LINK = 2.0
 """From what ratio to the usual time of a transfer a link is suspected."""

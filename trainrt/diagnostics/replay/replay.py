@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainrt.diagnostics.dependencies import Dependencies, find_dependencies
-from trainrt.diagnostics.lanes import Lanes, arrange
-from trainrt.diagnostics.trace import (
+from trainrt.diagnostics.replay.dependencies import Dependencies, find_dependencies
+from trainrt.diagnostics.replay.lanes import Lanes, arrange
+from trainrt.diagnostics.replay.trace import (
     BACKWARD_RECV,
     BACKWARD_SEND,
     COMPUTE,

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainrt.diagnostics.causes import Suspicion, causes_in_work
-from trainrt.diagnostics.network_causes import causes_in_network
-from trainrt.diagnostics.replay import Replay, WhatIf, what_if
-from trainrt.diagnostics.trace import Trace, read_trace
+from trainrt.diagnostics.replay.causes import Suspicion, causes_in_work
+from trainrt.diagnostics.replay.network_causes import causes_in_network
+from trainrt.diagnostics.replay.replay import Replay, WhatIf, what_if
+from trainrt.diagnostics.replay.trace import Trace, read_trace
 from trainrt.diagnostics.verdict import Culprit, Diagnosis, Verdict
 from trainrt.errors import NotEnoughData
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainrt.diagnostics.trace import OPTYPES, Trace
+from trainrt.diagnostics.replay.trace import OPTYPES, Trace
 from trainrt.errors import DiagnosticsError, NotEnoughData
 
 SAMPLE = 64

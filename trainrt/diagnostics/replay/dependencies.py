@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainrt.diagnostics.lanes import Lanes
-from trainrt.diagnostics.trace import (
+from trainrt.diagnostics.replay.lanes import Lanes
+from trainrt.diagnostics.replay.trace import (
     BACKWARD,
     BACKWARD_RECV,
     BACKWARD_SEND,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainrt.diagnostics.replay import Replay
-from trainrt.diagnostics.trace import BACKWARD, FORWARD, GC
+from trainrt.diagnostics.replay.replay import Replay
+from trainrt.diagnostics.replay.trace import BACKWARD, FORWARD, GC
 
 Numbers = NDArray[np.float64]
 
