@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,12 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.diagnostics.run_directories import SLOW_RANK, WrittenRun
+from tests.diagnostics.summary_files import append_records, records_of
 from tests.reference import validate
+from trainrt.diagnostics.packed import unpacked
 from trainrt.diagnostics.reader import RunReader
-from trainrt.diagnostics.summaries import heatmap
+from trainrt.diagnostics.views import FRESH_SECONDS, Views
+from trainrt.events import EventRing, EventWriter
 from trainrt.run_dir import RunDir
 
 
@@ -50,9 +55,9 @@ def fetch(url: str, **headers: str) -> tuple[int, str, Any]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> WrittenRun:
     made = WrittenRun(tmp_path_factory.mktemp("run"))
-    for _ in range(25):
-        made.step()
+    made.steps(25)
     made.incident()
+    made.diagnose()
     return made
 
 
@@ -62,36 +67,98 @@ def address(run: WrittenRun) -> Iterator[str]:
         yield url
 
 
+def ask(address: str, path: str) -> Any:
+    status, text, _ = fetch(f"{address}{path}")
+    assert status == 200, text
+    return json.loads(text)
+
+
 def test_the_api_tells_the_run(run: WrittenRun, address: str) -> None:
-    about = json.loads(fetch(f"{address}/api/run")[1])
-    assert (about["status"]["state"], about["status"]["live"], about["plan"]["world_size"]) == ("running", False, 4)
-    lines = json.loads(fetch(f"{address}/api/metrics")[1])["lines"]
+    about = ask(address, "/api/run")
+    assert (about["status"]["state"], about["status"]["live"]) == ("running", False)
+    lines = ask(address, "/api/metrics")["lines"]
     assert [line["step"] for line in lines] == list(range(1, 26))
-    assert [line["step"] for line in json.loads(fetch(f"{address}/api/metrics?after=24")[1])["lines"]] == [25]
-    assert json.loads(fetch(f"{address}/api/incidents")[1])["incidents"][0]["kind"] == "worker_exit"
-    timeline = json.loads(fetch(f"{address}/api/timeline?step=7")[1])
-    assert timeline["step"] == 7 and [rank["rank"] for rank in timeline["ranks"]] == [0, 1, 2, 3]
-    assert {event["name"] for event in timeline["ranks"][0]["events"]} >= {"forward", "fsdp_reduce_scatter"}
+    assert [line["step"] for line in ask(address, "/api/metrics?after=24")["lines"]] == [25]
+    incident = ask(address, "/api/incidents")["incidents"][0]
+    assert incident["kind"] == "worker_exit" and incident["phases"]["restore_seconds"] == 0.3
+    timeline = ask(address, "/api/timeline?step=7")
+    assert timeline["step"] == 7 and [rank["rank"] for rank in timeline["ranks"]] == list(range(8))
+    names = {timeline["names"][name] for name in timeline["ranks"][0]["name"]}
+    assert names >= {"forward", "fsdp_reduce_scatter"} and timeline["arrows"]
+    diagnosis = ask(address, "/api/diagnosis")
+    assert diagnosis["verdicts"][0]["culprits"][0]["rank"] == SLOW_RANK and diagnosis["written"] > 0
+    health = ask(address, "/api/health")
+    assert health["snapshots"]["every"] == 1 and health["snapshots"]["restores"] == {"memory": 1}
+    assert unpacked(health["memory"]["most_bytes"]).tolist() == [2.5 * 2**30, 3 * 2**30, 3 * 2**30, 2.5 * 2**30]
+
+
+def test_the_plan_says_who_sits_where(address: str) -> None:
+    plan = ask(address, "/api/plan")
+    assert plan["mesh"]["pp"] == 2 and plan["hosts"] == ["n0", "n1", "n2", "n3"]
+    assert unpacked(plan["host"]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert unpacked(plan["coordinates"]["tp"]).tolist() == [0, 1] * 4
+    tp = next(line for line in plan["topology"] if line["axis"] == "tp")
+    assert tp == {"axis": "tp", "groups": 4, "ranks": 2, "hosts": 1}
+    groups = unpacked(plan["groups"]["ep"])
+    assert [groups[0] == other for other in groups] == [True, True, *[False] * 6], (
+        "ep is the ranks of a stage once more"
+    )
 
 
 def test_self_time_names_the_slow_rank_and_not_those_that_wait_for_it(run: WrittenRun, address: str) -> None:
-    cells = {cell["rank"]: cell for cell in json.loads(fetch(f"{address}/api/heatmap")[1])["cells"]}
-    assert max(cells, key=lambda rank: cells[rank]["ratio"]) == SLOW_RANK
-    assert cells[SLOW_RANK]["ratio"] == pytest.approx(1.6, abs=0.01)
-    assert cells[0]["seconds"] == pytest.approx(cells[SLOW_RANK]["seconds"], abs=1e-6), "by step time all are alike"
-    assert cells[SLOW_RANK]["host"] == "n1"
+    heat = {name: unpacked(value) for name, value in ask(address, "/api/heatmap").items() if isinstance(value, dict)}
+    assert heat["ratio"].argmax() == SLOW_RANK and heat["ratio"][SLOW_RANK] == pytest.approx(1.55, abs=0.05)
+    others = [rank for rank in range(8) if rank != SLOW_RANK]
+    assert np.abs(heat["ratio"][others] - 1).max() < 0.1
+    assert heat["step_seconds"].min() > 0.9 * heat["step_seconds"].max(), "by step time all are about alike"
+    assert heat["waiting_seconds"][SLOW_RANK] < 0.5 * heat["waiting_seconds"][others].min()
+
+
+def test_the_parts_of_a_step_add_up(address: str) -> None:
+    found = ask(address, "/api/accounting")
+    bands = {name: np.array(values) for name, values in found["bands"].items()}
+    assert next(iter(bands)) == "compute" and list(bands)[-1] == "other" and "transfer tp" in bands
+    assert found["steps"] == list(range(1, 26))
+    heat = ask(address, "/api/heatmap")
+    step = sum(bands.values())
+    assert np.median(step[-20:]) == pytest.approx(float(unpacked(heat["step_seconds"]).mean()), rel=0.02)
+
+
+def test_without_a_diagnosis_the_state_is_unknown(tmp_path: Path) -> None:
+    views = Views(WrittenRun(tmp_path).run_dir)
+    found = json.loads(views.diagnosis())
+    assert found["state"] == "unknown" and found["verdicts"] == [] and found["written"] is None
+
+
+def test_many_steps_are_thinned(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path)
+    append_records(run.run_dir, records_of(range(1, 2101), ranks=8, tp=0.01))
+    views = Views(run.run_dir)
+    steps = json.loads(views.accounting())["steps"]
+    assert len(steps) <= 2000 and steps[-1] == 2100
+    append_records(run.run_dir, records_of([2101], ranks=8, tp=0.01)[:7])
+    time.sleep(2 * FRESH_SECONDS)
+    assert json.loads(views.accounting())["steps"][-1] == 2100, "a step that a rank has not told of waits"
+    append_records(run.run_dir, records_of(range(2102, 2106), ranks=8, tp=0.01))
+    time.sleep(2 * FRESH_SECONDS)
+    assert json.loads(views.accounting())["steps"][-1] == 2105
 
 
 def test_prometheus_text_has_base_units_and_no_series_per_rank(run: WrittenRun, address: str) -> None:
     text = fetch(f"{address}/metrics")[1]
     assert "trainrt_step 25.0" in text and "trainrt_step_seconds 0.1" in text
     assert 'trainrt_incidents_total{kind="worker_exit"} 1.0' in text
-    assert len(re.findall(r'rank="', text)) == 1 and f'rank="{SLOW_RANK}"' in text
+    assert 'trainrt_verdicts{cause="slow_worker"} 1.0' in text and 'trainrt_verdicts{cause="hang"} 0.0' in text
+    assert 'trainrt_diagnosis_state{state="straggling"} 1.0' in text and "trainrt_slowdown_ratio 1.44" in text
+    assert 'trainrt_step_part_seconds{axis="tp",part="transfer"}' in text
+    assert len(re.findall(r'rank="', text)) == 3
+    assert f'{{host="n2",place="1",rank="{SLOW_RANK}"}} 1.5' in text
 
 
 def test_every_answer_forbids_other_origins(address: str) -> None:
     for path in ("/", "/api/run", "/static/page.js"):
-        assert "default-src 'self'" in fetch(f"{address}{path}")[2]["Content-Security-Policy"]
+        policy = fetch(f"{address}{path}")[2]["Content-Security-Policy"]
+        assert "default-src 'self'" in policy and "unsafe" not in policy
 
 
 def test_the_page_is_small_and_its_own() -> None:
@@ -101,6 +168,9 @@ def test_the_page_is_small_and_its_own() -> None:
     for path in files:
         if path.suffix in (".html", ".css", ".js") and path.parent == folder:
             assert not re.search(r"https?://(?!www\.w3\.org)", path.read_text()), path
+            assert not re.search(r"\sstyle=|<style|<script>|\son\w+=\"", path.read_text()), (
+                f"{path}: the policy forbids it"
+            )
 
 
 def test_a_token_is_asked_for(run: WrittenRun) -> None:
@@ -132,7 +202,10 @@ def test_wrong_input_is_refused(run: WrittenRun, tmp_path: Path) -> None:
 def test_an_empty_directory_and_torn_lines_are_read(tmp_path: Path) -> None:
     reader = RunReader(RunDir(tmp_path))
     assert not reader.refresh() and reader.status()["state"] == "unknown"
-    assert heatmap(reader)["cells"] == []
+    empty = Views(RunDir(tmp_path))
+    assert json.loads(empty.heatmap())["world_size"] == 0 and json.loads(empty.accounting())["steps"] == []
+    assert json.loads(empty.timeline(None, None))["step"] is None and json.loads(empty.plan())["hosts"] == []
+    assert json.loads(empty.health())["snapshots"]["stores"] == 0 and b"trainrt_up 0.0" in empty.exposition()
     made = WrittenRun(tmp_path / "run")
     made.step()
     with made.run_dir.metrics.open("a") as file:
@@ -143,6 +216,21 @@ def test_an_empty_directory_and_torn_lines_are_read(tmp_path: Path) -> None:
     assert reader.refresh() and list(reader.metrics) == [1, 2], "the torn line is passed over, the next one is read"
 
 
-def test_written_events_are_what_the_reference_says(run: WrittenRun) -> None:
-    for text in run.run_dir.events_of(0).read_text().splitlines():
+def test_written_events_are_what_the_reference_says_and_are_read(tmp_path: Path) -> None:
+    directory = RunDir(tmp_path)
+    directory.create()
+    source = EventRing()
+    writer = EventWriter(directory.events_of(0), rank=0, node="n0", incarnation=1, source=source)
+    for step in (1, 2):
+        with source.span("step", kind="step"), source.span("forward", kind="forward"):
+            pass
+        writer.step(step)
+    for text in directory.events_of(0).read_text().splitlines():
         validate("events", json.loads(text))
+    reader = RunReader(directory)
+    assert reader.refresh() and reader.windows.steps() == [1, 2] and reader.windows.newest_whole() == 2
+    assert reader.windows.lines(2)[0]["events"][0]["name"] == "forward"
+    with directory.events_of(0).open("a") as file:
+        file.write('{"step": 3, "ra')
+    reader.refresh()
+    assert reader.windows.steps() == [1, 2] and reader.windows.lines(3) == {}

@@ -13,19 +13,17 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-from trainrt.diagnostics.prometheus import exposition
-from trainrt.diagnostics.reader import RunReader
-from trainrt.diagnostics.summaries import heatmap, timeline
+from trainrt.diagnostics.views import Views
 from trainrt.errors import DiagnosticsError
-from trainrt.run_dir import RunDir, read_json
+from trainrt.run_dir import RunDir
 
 STATIC = Path(__file__).parent / "static"
 REFRESH_SECONDS = 0.5
-POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-POINTS = 2000
+POLICY = "default-src 'self'; frame-ancestors 'none'"
+JSON = "application/json"
 
 
 def serve(run_dir: str | Path, *, host: str, port: int, token: str | None) -> None:
@@ -65,7 +63,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def make_app(directory: RunDir, *, token: str | None) -> FastAPI:
     """The application over one run directory."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    reader = RunReader(directory)
+    views = Views(directory)
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -83,45 +81,47 @@ def make_app(directory: RunDir, *, token: str | None) -> FastAPI:
     def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 
-    @app.get("/api/run")
-    def run() -> JSONResponse:
-        reader.refresh()
-        plan = read_json(directory.plan) or {}
-        plan.pop("parameters", None)
-        cluster = directory.read_cluster() or {}
-        return JSONResponse({"path": str(directory), "status": reader.status(), "plan": plan, "cluster": cluster})
-
-    @app.get("/api/metrics")
-    def metrics(after: int = 0) -> JSONResponse:
-        reader.refresh()
-        return JSONResponse({"lines": _thin([reader.metrics[step] for step in sorted(reader.metrics) if step > after])})
-
-    @app.get("/api/heatmap")
-    def heat() -> JSONResponse:
-        reader.refresh()
-        return JSONResponse(heatmap(reader))
-
-    @app.get("/api/timeline")
-    def events(step: int | None = None) -> JSONResponse:
-        reader.refresh()
-        return JSONResponse(timeline(reader, step))
-
-    @app.get("/api/incidents")
-    def incidents() -> JSONResponse:
-        reader.refresh()
-        return JSONResponse({"incidents": reader.incidents})
-
     @app.get("/api/stream")
     async def stream(request: Request) -> StreamingResponse:
-        return StreamingResponse(_changes(request, reader), media_type="text/event-stream")
+        return StreamingResponse(_changes(request, views), media_type="text/event-stream")
 
     @app.get("/metrics")
     def prometheus() -> Response:
-        reader.refresh()
-        return Response(exposition(reader), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(views.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    _add_documents(app, views)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
+
+
+def _add_documents(app: FastAPI, views: Views) -> None:
+    plain: dict[str, Callable[[], bytes]] = {
+        "run": views.run, "diagnosis": views.diagnosis, "heatmap": views.heatmap, "accounting": views.accounting,
+        "incidents": views.incidents, "plan": views.plan, "health": views.health,
+    }  # fmt: skip
+    for name, make in plain.items():
+        # A default of a parameter would be taken for a query: the function is bound by a closure.
+        app.get(f"/api/{name}")(_answering(make))
+
+    @app.get("/api/metrics")
+    def metrics(after: int = 0) -> Response:
+        return Response(views.metrics(after), media_type=JSON)
+
+    @app.get("/api/timeline")
+    def timeline(step: int | None = None, rank: int | None = None) -> Response:
+        return Response(views.timeline(step, rank), media_type=JSON)
+
+    @app.get("/api/perfetto")
+    def trace(step: int, rank: int | None = None) -> Response:
+        headers = {"Content-Disposition": f'attachment; filename="{views.reader.run_dir.path.name}-step-{step}.json"'}
+        return Response(views.perfetto(step, rank), media_type=JSON, headers=headers)
+
+
+def _answering(make: Callable[[], bytes]) -> Callable[[], Response]:
+    def answer() -> Response:
+        return Response(make(), media_type=JSON)
+
+    return answer
 
 
 def _admitted(request: Request, token: str) -> bool:
@@ -130,25 +130,14 @@ def _admitted(request: Request, token: str) -> bool:
     return hmac.compare_digest(offered.encode(), token.encode())
 
 
-def _thin(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most about POINTS lines, evenly chosen, the last one always."""
-    every = max(1, -(-len(lines) // POINTS))
-    return [line for index, line in enumerate(lines) if index % every == 0 or index == len(lines) - 1]
-
-
-async def _changes(request: Request, reader: RunReader) -> AsyncIterator[str]:
-    """Server-sent events: the status, whenever it or any line of the run is new."""
+async def _changes(request: Request, views: Views) -> AsyncIterator[str]:
+    """Server-sent events: the status and what is new, whenever it or any file of the run is."""
     seen: Any = None
     while not await request.is_disconnected():
-        status = reader.status()
-        mark = (status, max(reader.metrics, default=0), len(reader.incidents), _stamp(reader.run_dir))
-        if mark != seen:
-            seen = mark
-            yield f"event: change\ndata: {json.dumps(status)}\n\n"
+        found = await asyncio.to_thread(views.changes)
+        if found != seen:
+            seen = found
+            yield f"event: change\ndata: {json.dumps(found)}\n\n"
         else:
             yield ": still here\n\n"
         await asyncio.sleep(REFRESH_SECONDS)
-
-
-def _stamp(directory: RunDir) -> tuple[float, ...]:
-    return tuple(p.stat().st_mtime if p.exists() else 0.0 for p in (directory.metrics, directory.incidents))

@@ -8,7 +8,7 @@ Legend: S steps, R ranks.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -108,15 +108,16 @@ class Summaries:
         kept = [self._values[step][row] for step in self._steps[-last:]]
         return np.array(kept, dtype=np.float64).reshape(len(kept), self.roles.ranks)
 
+    def column_of(self, name: str, step: int) -> NDArray[np.float32]:
+        """The same of one step that is held, (R,)."""
+        return self._values[step][COLUMNS.index(name)]
+
     def table(self, last: int) -> StepTable:
         """The last steps (at most those held), for detectors. Without seats it is empty."""
-        return self._table(self._steps[-last:] if last > 0 else [])
+        return self.table_of(self._steps[-last:] if last > 0 else [])
 
-    def table_of(self, step: int) -> StepTable:
-        """One step that is held."""
-        return self._table([step])
-
-    def _table(self, steps: list[int]) -> StepTable:
+    def table_of(self, steps: Sequence[int]) -> StepTable:
+        """Of steps that are held."""
         shape = (len(COLUMNS), len(steps), self.roles.ranks)
         values = np.empty(shape, dtype=np.float64)
         for index, step in enumerate(steps):

@@ -1,0 +1,175 @@
+"""The documents of the page's API, over one reader of the run directory. Each is made once per change of what it is made of."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+
+from trainrt.diagnostics.health import health_document, plan_document
+from trainrt.diagnostics.ledger import HEAT, Ledger
+from trainrt.diagnostics.packed import packed
+from trainrt.diagnostics.perfetto import perfetto
+from trainrt.diagnostics.prometheus import exposition
+from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.timeline import timeline
+from trainrt.run_dir import RunDir
+
+POINTS = 2000
+FRESH_SECONDS = 0.1
+"""Requests that come closer together see the same state: the page asks for several documents at once."""
+UNKNOWN = {"state": "unknown", "verdicts": [], "notes": ["No diagnosis was written yet."]}
+
+
+class Views:
+    """One lock: visitors share what was read and made."""
+
+    def __init__(self, directory: RunDir) -> None:
+        self.reader = RunReader(directory)
+        self.ledger = Ledger(self.reader.summaries)
+        self._lock = threading.Lock()
+        self._read_at = 0.0
+        self._made: dict[str, tuple[Hashable, bytes]] = {}
+
+    def changes(self) -> dict[str, Any]:
+        """The status, and of each kind of document a number that is another when the document is."""
+        with self._lock:
+            self._refresh()
+            return {"status": self.reader.status(), "revisions": self._revisions()}
+
+    def run(self) -> bytes:
+        """Path, status, cluster."""
+        with self._lock:
+            status = self.reader.status()
+            return _json(
+                {
+                    "path": str(self.reader.run_dir),
+                    "status": status,
+                    "cluster": self.reader.run_dir.read_cluster() or {},
+                }
+            )
+
+    def metrics(self, after: int) -> bytes:
+        """The lines of the steps after one, at most about POINTS."""
+        with self._lock:
+            self._refresh()
+            held = self.reader.metrics
+            return _json({"lines": _thin([held[step] for step in sorted(held) if step > after])})
+
+    def diagnosis(self) -> bytes:
+        """diagnosis.json, and when it was written; without one, state unknown."""
+
+        def make() -> dict[str, Any]:
+            document = self.reader.diagnosis.read()
+            return {**(document or UNKNOWN), "written": self.reader.diagnosis.time}
+
+        return self._document("diagnosis", ("diagnosis",), make)
+
+    def heatmap(self) -> bytes:
+        """For each rank the medians over the last steps, packed: HEAT, and `ratio`, self time over the median of its role."""
+
+        def make() -> dict[str, Any]:
+            heat = self.ledger.heat()
+            return {
+                "incarnation": self.reader.summaries.incarnation,
+                "world_size": self.reader.summaries.roles.ranks,
+                "steps": self.ledger.heat_steps,
+                "last_step": max(self.ledger.bands, default=None),
+                **{name: packed(heat[name]) for name in (*HEAT, "ratio")},
+            }
+
+        return self._document("heatmap", ("summaries",), make)
+
+    def accounting(self) -> bytes:
+        """By step the mean over ranks of each part, seconds: `steps`, and `bands` by name, bottom first."""
+
+        def make() -> dict[str, Any]:
+            steps = _thin(sorted(self.ledger.bands))
+            rows = [self.ledger.bands[step] for step in steps]
+            names = sorted({name for row in rows for name in row}, key=_order)
+            columns = np.array([[row.get(name, 0.0) for row in rows] for name in names])
+            bands = {name: column.round(6).tolist() for name, column in zip(names, columns, strict=True)}
+            return {"steps": steps, "bands": {name: _numbers(column) for name, column in bands.items()}}
+
+        return self._document("accounting", ("summaries",), make)
+
+    def timeline(self, step: int | None, rank: int | None) -> bytes:
+        """The events of a step."""
+        return self._document(f"timeline {step} {rank}", ("events", "seats"), lambda: timeline(self.reader, step, rank))
+
+    def perfetto(self, step: int, rank: int | None) -> bytes:
+        """The trace of a step."""
+        with self._lock:
+            self._refresh()
+            return _json(perfetto(self.reader, step, rank))
+
+    def incidents(self) -> bytes:
+        """All incidents, oldest first."""
+        return self._document("incidents", ("incidents",), lambda: {"incidents": self.reader.incidents})
+
+    def plan(self) -> bytes:
+        """Plan, seats, topology."""
+        return self._document("plan", ("plan", "seats"), lambda: plan_document(self.reader))
+
+    def health(self) -> bytes:
+        """Snapshots and memory."""
+        with self._lock:
+            self._refresh()
+            return _json(health_document(self.reader))
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        with self._lock:
+            self._refresh()
+            return exposition(self.reader, self.ledger)
+
+    def _refresh(self) -> None:
+        if time.monotonic() - self._read_at > FRESH_SECONDS:
+            self.reader.refresh()
+            self.ledger.refresh()
+            self._read_at = time.monotonic()
+
+    def _revisions(self) -> dict[str, int]:
+        reader = self.reader
+        reader.plan.read()
+        return {
+            "metrics": reader.metrics_revision, "incidents": len(reader.incidents), "summaries": reader.summaries.revision,
+            "seats": reader.summaries.incarnation, "events": reader.windows.revision, "plan": reader.plan.revision,
+            "diagnosis": reader.diagnosis.revision,
+        }  # fmt: skip
+
+    def _document(self, name: str, needs: tuple[str, ...], make: Callable[[], dict[str, Any]]) -> bytes:
+        with self._lock:
+            self._refresh()
+            now = self._revisions()
+            key = tuple(now[need] for need in needs)
+            if name not in self._made or self._made[name][0] != key:
+                if len(self._made) > 64:
+                    self._made.clear()
+                self._made[name] = (key, _json(make()))
+            return self._made[name][1]
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def _numbers(column: list[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if value != value else value for value in column]
+
+
+def _order(band: str) -> tuple[int, str]:
+    """Work below, then what travels, then what is waited for, then the rest."""
+    known = ("compute", "transfer", "waiting", "data", "snapshot", "checkpoint", "other")
+    return known.index(band.split()[0]), band
+
+
+def _thin(lines: list[Any]) -> list[Any]:
+    """At most POINTS, evenly chosen, the last one always."""
+    every = max(1, -(-len(lines) // (POINTS - 1)))
+    return [line for index, line in enumerate(lines) if index % every == 0 or index == len(lines) - 1]
