@@ -111,7 +111,7 @@ def test_the_verdict_comes_first_in_a_sentence_and_its_evidence_leads_to_ranks_a
             "since step 5",
         ):
             assert fact in said
-        assert "A step takes 183 ms, of 121 ms it could take (1.51" in text(browser, "headline")
+        assert "A step takes 183 ms; without what holds it up it would take 121 ms (1.51" in text(browser, "headline")
         browser.find_element("css selector", ".evidence a[href='#rank=5']").click()
         wait_for(lambda: "Rank 5 on n2 (pp 1, fsdp 0, tp 1, ep 1)" in text(browser, "heat-detail"), "the rank")
         browser.execute_script("document.querySelector(\".facts a[href='#step=5']\").click()")
@@ -229,6 +229,6 @@ def test_16384_ranks(browser: Any, tmp_path: Path) -> None:
         print(f"\nredraw of 16,384 cells: {', '.join(f'{one:.1f}' for one in milliseconds)} ms")
         assert "rank 5 on n0 1.5" in text(browser, "heat-top")
         browser.find_element("css selector", "#heat-top a").click()
-        wait_for(lambda: "dp: ranks 13, 21" in text(browser, "peers"), "the peers")
+        wait_for(lambda: "dp: 255 ranks, 13, 21" in text(browser, "peers"), "the peers")
         assert pixels_of(browser, "--axis-dp") > 255
         wait_for(lambda: "groups of rank 5" in text(browser, "timeline-note"), "the timeline of its groups")

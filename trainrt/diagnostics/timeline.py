@@ -22,12 +22,14 @@ def timeline(reader: RunReader, step: int | None = None, rank: int | None = None
     Events are columns: `name`, `kind` and `group` are indices into `names`; times are seconds from the step's first start.
     """
     step = reader.windows.newest_whole() if step is None else step
+    chosen = chosen_rank(reader, rank)
     lines = lines_of(reader, step, rank) if step is not None else {}
     start = min((line["time"] for line in lines.values()), default=0.0)
     names: dict[str, int] = {}
     return {
         "step": step,
         "steps": reader.windows.steps(),
+        "rank": chosen,
         "shown": len(lines),
         "with_events": len(reader.windows.ranks),
         "world_size": reader.summaries.roles.ranks or len(reader.windows.ranks),
@@ -39,11 +41,21 @@ def timeline(reader: RunReader, step: int | None = None, rank: int | None = None
 
 def lines_of(reader: RunReader, step: int, rank: int | None) -> dict[int, dict[str, Any]]:
     """By rank the lines of a step; of a large run those of the groups of one rank."""
+    chosen = chosen_rank(reader, rank)
+    if chosen is None:
+        return reader.windows.lines(step)
+    return reader.windows.lines(step, companions(reader.summaries.roles, chosen, reader.windows.ranks))
+
+
+def chosen_rank(reader: RunReader, rank: int | None) -> int | None:
+    """Whose groups are shown: `rank`, or else the first culprit, or else the first that has events; None where all can be."""
     having = reader.windows.ranks
     if len(having) <= RANKS_SHOWN:
-        return reader.windows.lines(step)
-    chosen = rank if rank in set(having) else having[0]
-    return reader.windows.lines(step, companions(reader.summaries.roles, chosen, having))
+        return None
+    verdicts = (reader.diagnosis.read() or {}).get("verdicts", [])
+    culprits = [culprit["rank"] for verdict in verdicts for culprit in verdict["culprits"]]
+    able = set(having)
+    return next(one for one in (rank, *culprits, having[0]) if one in able)
 
 
 def companions(roles: Roles, rank: int, among: Sequence[int], *, number: int = RANKS_SHOWN) -> list[int]:

@@ -6,7 +6,7 @@ const BANDS = { compute: "compute", waiting: "wait", data: "data", snapshot: "sn
 
 function axes(format) {
   const one = { stroke: () => color("soft"), grid: { stroke: () => color("line"), width: 1 }, ticks: { stroke: () => color("line") } };
-  return [{ ...one }, { ...one, size: 68, ...(format ? { values: (_, splits) => splits.map(format) } : {}) }];
+  return [{ ...one }, { ...one, size: 68, ...(format ? { values: (_, splits) => splits.map((v) => v === 0 ? "0" : format(v)) } : {}) }];
 }
 
 function make(id, series, { height = HEIGHT, format = null, zero = false } = {}) {

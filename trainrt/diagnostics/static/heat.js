@@ -2,7 +2,7 @@
 import { $, bytes, color, node, percent, ranges, seconds, swatch, times } from "./dom.js";
 import { hostOf, onSelect, peersOf, placeOf, seats, select, selection, unpack } from "./seats.js";
 
-const SHADES = 64, HEIGHT = 520, TALLEST = 34, WIDEST = 150, GAP = 8, LABEL = 84;
+const SHADES = 64, HEIGHT = 520, TALLEST = 34, WIDEST = 150, GAP = 8, LABEL = 96, HEAD = 15, STANDS_OUT = 1.05;
 const AXES = ["tp", "pp", "cp", "ep", "fsdp", "dp"];
 // Self time is shown against the median of those that do the same work; the others from 0 to the largest.
 const METRICS = {
@@ -28,24 +28,25 @@ export function showHeat(document) {
 // Cells as large as the space allows: few hosts one below the other, many in several columns.
 function plan(width) {
   const hosts = seats.hosts.length, slots = Math.max(1, ...seats.byHost.map((ranks) => ranks.length));
+  const named = Math.min(LABEL, 14 + 8 * Math.max(0, ...seats.hosts.map((host) => host.length)));
   let best = null;
   for (let columns = 1; columns <= Math.min(hosts, 64); columns++) {
-    const rows = Math.ceil(hosts / columns), h = Math.min(TALLEST, HEIGHT / rows), label = h >= 13 ? LABEL : 0;
+    const rows = Math.ceil(hosts / columns), h = Math.min(TALLEST, HEIGHT / rows), label = h >= 13 ? named : 0;
     const w = Math.min(WIDEST, ((width - (columns - 1) * GAP) / columns - label) / slots);
     const score = Math.min(w, 1.5 * h);
-    if (!best || score > best.score * 1.001) best = { score, columns, rows, w, h, label, pitch: label + slots * w + GAP };
+    if (!best || score > best.score * 1.001) best = { score, columns, rows, w, h, label, top: label ? 0 : HEAD, pitch: label + slots * w + GAP };
   }
   return best;
 }
 
 function cell(rank) {
   const host = seats.host[rank], column = Math.floor(host / grid.rows);
-  return [column * grid.pitch + grid.label + seats.slot[rank] * grid.w, (host - column * grid.rows) * grid.h];
+  return [column * grid.pitch + grid.label + seats.slot[rank] * grid.w, grid.top + (host - column * grid.rows) * grid.h];
 }
 
 function rankAt(x, y) {
   if (!grid) return null;
-  const column = Math.floor(x / grid.pitch), row = Math.floor(y / grid.h);
+  const column = Math.floor(x / grid.pitch), row = Math.floor((y - grid.top) / grid.h);
   if (row < 0 || row >= grid.rows) return null;
   return seats.byHost[column * grid.rows + row]?.[Math.floor((x - column * grid.pitch - grid.label) / grid.w)] ?? null;
 }
@@ -63,7 +64,7 @@ function redraw() {
 function drawBase() {
   const width = box.clientWidth, scale = devicePixelRatio || 1;
   grid = plan(width);
-  const height = Math.ceil(grid.rows * grid.h);
+  const height = Math.ceil(grid.top + grid.rows * grid.h);
   for (const one of [base, canvas]) {
     one.width = Math.round(width * scale);
     one.height = Math.round(height * scale);
@@ -72,13 +73,14 @@ function drawBase() {
   const context = base.getContext("2d"), name = $("metric").value, values = heat[name];
   context.scale(scale, scale);
   const shades = palette(name), shade = shader(name, values), missing = color("line");
-  const w = grid.w - (grid.w > 6 ? 1.5 : 0.5), h = grid.h - (grid.h > 6 ? 1.5 : 0.5), told = w >= 56 && h >= 26;
+  const w = grid.w - (grid.w > 6 ? 1.5 : 0.5), h = grid.h - (grid.h > 6 ? 1.5 : 0.5), told = w >= 26 && h >= 18;
   for (let rank = 0; rank < seats.ranks; rank++) {
     const [x, y] = cell(rank), t = shade(values[rank]);
     context.fillStyle = Number.isNaN(t) ? missing : shades[t];
     context.fillRect(x, y, w, h);
   }
   if (grid.label) labels(context);
+  else heads(context);
   if (told) figures(context, values, name, w, (rank) => shades[shade(values[rank])]);
   scaleBar(name, values, shades);
   largestOf(name, values);
@@ -109,8 +111,18 @@ function labels(context) {
   context.textBaseline = "middle";
   seats.hosts.forEach((host, number) => {
     const column = Math.floor(number / grid.rows);
-    context.fillText(host.length > 12 ? `\u2026${host.slice(-11)}` : host, column * grid.pitch, (number % grid.rows + 0.5) * grid.h, LABEL - 6);
+    context.fillText(host.length > 12 ? `\u2026${host.slice(-11)}` : host, column * grid.pitch, (number % grid.rows + 0.5) * grid.h, grid.label - 6);
   });
+}
+
+// Where there is no room for the name of each host: over a column that of its first.
+function heads(context) {
+  context.fillStyle = color("soft");
+  context.font = "11px system-ui, sans-serif";
+  for (let column = 0; column < grid.columns; column++) {
+    const host = seats.hosts[column * grid.rows];
+    if (host !== undefined) context.fillText(host.length > 9 ? `\u2026${host.slice(-8)}` : host, column * grid.pitch, 10, grid.pitch - 4);
+  }
 }
 
 // Black or white, whichever can be read on a color "rgb(r,g,b)".
@@ -126,7 +138,8 @@ function figures(context, values, name, w, shadeOf) {
   for (let rank = 0; rank < seats.ranks; rank++) {
     const [x, y] = cell(rank);
     context.fillStyle = contrast(shadeOf(rank));
-    context.fillText(`${rank}`, x + 6, y + grid.h / 2 - 1, w / 3);
+    context.fillText(`${rank}`, x + 6, y + grid.h / 2 - 1, w - 10);
+    if (w < 84) continue;
     context.textAlign = "right";
     context.fillText(Number.isNaN(values[rank]) ? "?" : format(values[rank]), x + w - 6, y + grid.h / 2 - 1, w * 0.6);
     context.textAlign = "left";
@@ -144,9 +157,10 @@ function scaleBar(name, values, shades) {
 
 // The ranks that stand out, as links: among thousands of cells one is hard to see.
 function largestOf(name, values) {
-  const order = [...values.keys()].filter((rank) => values[rank] > 0).sort((a, b) => values[b] - values[a]).slice(0, 3);
+  const least = name === "ratio" ? STANDS_OUT : 0;
+  const order = [...values.keys()].filter((rank) => values[rank] > least).sort((a, b) => values[b] - values[a]).slice(0, 3);
   const links = order.flatMap((rank, i) => [i ? ", " : "", node("a", `rank ${rank}`, { href: `#rank=${rank}` }), ` on ${hostOf(rank)} ${METRICS[name][1](values[rank])}`]);
-  $("heat-top").replaceChildren(...(links.length ? ["Largest: ", ...links, "."] : []));
+  $("heat-top").replaceChildren(...(links.length ? ["Largest: ", ...links, "."] : ["No rank stands out."]));
 }
 
 // The map as it is or, with a rank selected, dimmed but for it and its peers.
@@ -192,7 +206,8 @@ function describe() {
   const peers = known ? peersOf(rank) : {};
   $("peers").replaceChildren(...AXES.filter((axis) => peers[axis]?.length).map((axis) => {
     const item = node("li");
-    item.append(swatch(`axis-${axis}`), `${axis}: ${peers[axis].length === 1 ? "rank" : "ranks"} ${ranges(peers[axis])}`);
+    const count = peers[axis].length;
+    item.append(swatch(`axis-${axis}`), `${axis}: ${count === 1 ? "rank" : count > 12 ? `${count} ranks,` : "ranks"} ${ranges(peers[axis])}`);
     return item;
   }));
   box.setAttribute("aria-label", known ? text(rank) : `Heat map of ${seats.ranks} ranks on ${seats.hosts.length} hosts`);

@@ -23,7 +23,7 @@ export function showTimeline(document) {
   $("steps").replaceChildren(...line.steps.slice(-200).map((step) => node("option", undefined, { value: step })));
   $("timeline-note").textContent = note();
   $("trace").hidden = !line.ranks.length;
-  $("trace").href = `/api/perfetto?step=${line.step}${selection.rank === null ? "" : `&rank=${selection.rank}`}`;
+  $("trace").href = `/api/perfetto?step=${line.step}${line.rank === null ? "" : `&rank=${line.rank}`}`;
   rows = line.ranks;
   end = Math.max(1e-9, ...rows.map((row) => row.offset_seconds + row.seconds));
   if (other || view.to > end) Object.assign(view, { from: 0, to: end });
@@ -35,7 +35,7 @@ export function showTimeline(document) {
 function note() {
   if (!line.steps.length) return "No events yet: ranks write them for some steps only.";
   if (!line.ranks.length) return `Step ${line.step} has no events; steps that have: ${line.steps.slice(-12).join(", ")}.`;
-  const few = line.shown < line.with_events ? ` Shown are the ${line.shown} ranks of the groups of rank ${selection.rank ?? line.ranks[0].rank}; select another on the map.` : "";
+  const few = line.shown < line.with_events ? ` Shown are the ${line.shown} ranks of the groups of rank ${line.rank}; select another on the map.` : "";
   return `Events of ${line.with_events} of ${line.world_size} ranks.${few}`;
 }
 

@@ -6,7 +6,8 @@ const ACTIONS = {
   evict: "Evict", repartition: "Divide the layers anew over the stages", rebalance: "Balance the work", plan_gc: "Collect garbage at planned steps",
   check_storage: "Check the storage", check_network: "Check the network", wait: "Wait", none: "Nothing to do",
 };
-const MENTION = /\b(ranks?) (\d+(?:(?:, and |, | and )\d+)*)|\b(step) (\d+)|\b(hosts?) ([\w.-]*\w)/gi;
+const FEW = 4;
+const MENTION = /\b(ranks?) (\d+(?:(?:, and |, | and )\d+)*)|\b(step) (\d+)|\b(hosts?|on) ([\w.-]*\w)/gi;
 
 export function showDiagnosis(diagnosis) {
   const [mood, text] = headline(diagnosis);
@@ -22,7 +23,7 @@ const sentence = (text) => /[.!?]$/.test(text) ? text : `${text}.`;
 
 function headline(d) {
   const cost = d.step_seconds == null ? "" : ` A step takes ${seconds(d.step_seconds)}`;
-  const ideal = d.slowdown == null || d.ideal_step_seconds == null ? "" : `, of ${seconds(d.ideal_step_seconds)} it could take (${times(d.slowdown)})`;
+  const ideal = d.slowdown == null || d.ideal_step_seconds == null ? "" : `; without what holds it up it would take ${seconds(d.ideal_step_seconds)} (${times(d.slowdown)})`;
   const figures = cost && `${cost}${ideal}.`;
   if (d.state === "healthy") return ["good", `Healthy: no rank, host, link or stage holds the others up.${figures}`];
   if (d.state === "hung") return ["bad", `Hung: no step ends, the ranks wait for one that does not come.`];
@@ -77,21 +78,24 @@ function facts(verdict) {
 function involved(verdict) {
   const made = [];
   const culprits = verdict.culprits.filter((c) => c.rank !== null);
-  if (culprits.length) {
+  if (culprits.length > FEW) made.push(folded(`${culprits.length} ranks are to blame`, `Ranks ${ranges(culprits.map((c) => c.rank), 60)}`));
+  else if (culprits.length) {
     const line = node("p", culprits.length === 1 ? "Culprit: " : "Culprits: ", { class: "hint" });
-    culprits.slice(0, 16).forEach((c, i) => {
-      const stage = [c.host ? `on ${c.host}` : "", c.stage != null ? `stage ${c.stage}` : "", c.dp_rank != null ? `dp ${c.dp_rank}` : ""].filter(Boolean).join(", ");
-      line.append(i ? "; " : "", node("a", `rank ${c.rank}`, { href: `#rank=${c.rank}` }), stage ? ` ${stage}` : "");
+    culprits.forEach((c, i) => {
+      const place = [c.host ? `on ${c.host}` : "", c.stage != null ? `stage ${c.stage}` : "", c.dp_rank != null ? `dp ${c.dp_rank}` : ""].filter(Boolean).join(", ");
+      line.append(i ? "; " : "", node("a", `rank ${c.rank}`, { href: `#rank=${c.rank}` }), place ? ` ${place}` : "");
     });
-    if (culprits.length > 16) line.append(`; ${culprits.length - 16} more`);
     made.push(line);
   }
-  if (verdict.victims.length) {
-    const box = node("details");
-    box.append(node("summary", `${verdict.victims.length} ranks wait for it`), node("p", `Ranks ${ranges(verdict.victims, 60)}`, { class: "hint" }));
-    made.push(box);
-  }
+  const victims = verdict.victims.length;
+  if (victims) made.push(folded(`${victims} ${victims === 1 ? "rank waits" : "ranks wait"} for it`, `Ranks ${ranges(verdict.victims, 60)}`));
   return made;
+}
+
+function folded(summary, text) {
+  const box = node("details");
+  box.append(node("summary", summary), node("p", text, { class: "hint" }));
+  return box;
 }
 
 // Text with ranks, steps and hosts as links.
@@ -102,7 +106,7 @@ function linked(text) {
     parts.push(text.slice(at, found.index));
     at = found.index + found[0].length;
     if (found[3]) parts.push(node("a", found[0], { href: `#step=${found[4]}` }));
-    else if (found[5]) parts.push(hostLink(found[0], found[6]));
+    else if (found[5]) parts.push(`${found[5]} `, hostLink(found[6]));
     else parts.push(...rankLinks(found[1], found[2]));
   }
   parts.push(text.slice(at));
@@ -114,7 +118,7 @@ function rankLinks(word, numbers) {
   return [`${word} `, ...numbers.split(/(\d+)/).filter(Boolean).map((part) => /\d/.test(part) ? node("a", part, { href: `#rank=${part}` }) : part)];
 }
 
-function hostLink(text, host) {
+function hostLink(host) {
   const first = seats.byHost[seats.hosts.indexOf(host)]?.[0];
-  return first === undefined ? text : node("a", text, { href: `#rank=${first}` });
+  return first === undefined ? host : node("a", host, { href: `#rank=${first}` });
 }
