@@ -158,8 +158,8 @@ class EvaluationConfig(Section):
 
 
 class DiagnosticsConfig(Section):
-    """`hang_seconds`: ranks that make no progress for so long, or for three slow steps where that is longer, are looked
-    at and ended; 0: never (for a debugger). `corruption_check_every` in steps: replicas over dp are compared; 0: never.
+    """`evict`: a verdict that says so is carried out, or the command that does it is printed. `hang_seconds`: ranks that make no
+    progress for so long, or for three slow steps where that is longer, are looked at and ended; 0: never (for a debugger). `corruption_check_every` in steps: replicas over dp are compared; 0: never.
     `selfcheck`: nodes are looked at before a start and after an incident, and those that fail get no ranks.
     """
 
@@ -388,8 +388,6 @@ def _not_built(config: JobConfig) -> Iterator[str]:
             yield f"parallel.cp = {parallel.cp}: context parallelism is not built yet; allowed: 1"
     if config.engine.kind == "deepspeed":
         yield 'engine.kind = "deepspeed" is not built yet; allowed: "native"'
-    if config.diagnostics.evict == "automatic":
-        yield 'diagnostics.evict = "automatic" is not built yet; allowed: "advise"'
     if config.diagnostics.tracker == "tensorboard":
         yield 'diagnostics.tracker = "tensorboard" is not built yet; allowed: "none"'
 

@@ -99,7 +99,8 @@ class Views:
 
     def timeline(self, step: int | None, rank: int | None) -> bytes:
         """The events of a step."""
-        return self._document(f"timeline {step} {rank}", ("events", "seats", "diagnosis"), lambda: timeline(self.reader, step, rank))
+        needs = ("events", "seats", "diagnosis")
+        return self._document(f"timeline {step} {rank}", needs, lambda: timeline(self.reader, step, rank))
 
     def perfetto(self, step: int, rank: int | None) -> bytes:
         """The trace of a step."""

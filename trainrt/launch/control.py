@@ -71,7 +71,8 @@ def evict(path: str | Path, host: str) -> str:
     run_dir = existing(path)
     if not run_dir.locked():
         raise RunDirError(f"{run_dir} is not running: there is nothing to evict {host} from")
-    hosts = sorted({process["node"] for process in (run_dir.read_cluster() or {"processes": []})["processes"]} - {None})
+    processes = (run_dir.read_cluster() or {"processes": []})["processes"]
+    hosts = sorted({process["node"] for process in processes if process["role"] == "agent"})
     if host not in hosts:
         raise RunDirError(f"{host}: no host of {run_dir}; allowed: {', '.join(hosts)}{nearest(host, hosts)}")
     replace(run_dir.evict_request, host)
