@@ -24,7 +24,7 @@ DEVICE_KINDS = frozenset(("forward", "backward", "collective", "optimizer", "eva
 
 
 class Event(NamedTuple):
-    """One timed event. `start` is of `time.perf_counter()`; `seconds` its duration.
+    """One timed event, from `start` to `end` of `time.monotonic()`, which all processes of a host share.
 
     waiting: the time went by blocked on others (a collective from this rank's arrival on). sequence: of a collective, its
     number in its group, else -1. microbatch: the round of the step.
@@ -34,12 +34,16 @@ class Event(NamedTuple):
     kind: str
     depth: int
     start: float
-    seconds: float
+    end: float
     bytes: int
     group: str
     waiting: bool
     sequence: int
     microbatch: int
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
 
 
 class EventRing:
@@ -57,7 +61,7 @@ class EventRing:
         self.rows = 0
 
     def follow(self, mark: Callable[[str], Any], time_of: Callable[[Any], float]) -> None:
-        """Time by another clock: `mark(kind)` is a moment, of which `time_of` makes one of perf_counter when it is read."""
+        """Time by another clock: `mark(kind)` is a moment, of which `time_of` makes one of `time.monotonic` when it is read."""
         self._mark, self._time = mark, time_of
 
     def begin(
@@ -65,7 +69,7 @@ class EventRing:
     ) -> None:
         """An event begins; those that begin before its end are its children."""
         if self.enabled:
-            at = time.perf_counter() if self._mark is None else self._mark(kind)
+            at = time.monotonic() if self._mark is None else self._mark(kind)
             self._open.append((at, name, kind, bytes, group, waiting, sequence, self.microbatch))
 
     def end(self) -> None:
@@ -73,9 +77,9 @@ class EventRing:
         if not self._open:
             return
         start, name, kind, bytes, group, waiting, sequence, microbatch = self._open.pop()
-        stop = time.perf_counter() if self._mark is None else self._mark(kind)
+        end = time.monotonic() if self._mark is None else self._mark(kind)
         # A collection of garbage may record itself between any two lines that allocate: from here on none does.
-        event = (name, kind, len(self._open), start, stop, bytes, group, waiting, sequence, microbatch)
+        event = (name, kind, len(self._open), start, end, bytes, group, waiting, sequence, microbatch)
         index = self._written
         self._written = index + 1
         self._slots[index % len(self._slots)] = event
@@ -121,11 +125,9 @@ class EventRing:
         self.dropped += first - self._read
         found = [self._slots[index % capacity] for index in range(first, self._written)]
         self._read = self._written
-        return [
-            Event(name, kind, depth, at, self._time(stop) - at, *rest)
-            for name, kind, depth, start, stop, *rest in found
-            for at in (self._time(start),)
-        ]
+        if self._mark is not None:
+            found = [(*slot[:3], self._time(slot[3]), self._time(slot[4]), *slot[5:]) for slot in found]
+        return [*map(Event._make, found)]
 
     def clear(self) -> None:
         """Forget everything, for another incarnation: groups count anew."""
@@ -148,7 +150,10 @@ class Span:
         self._ring.begin(*self._what)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._ring.unwind(self._depth)
+        if len(self._ring._open) == self._depth + 1:
+            self._ring.end()
+        else:
+            self._ring.unwind(self._depth)
 
 
 ring = EventRing()

@@ -88,6 +88,7 @@ class Agent:
         self._last_poll = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending = False
+        self._epoch: float | None = None
 
     # What the driver asks.
 
@@ -140,6 +141,8 @@ class Agent:
             if worker is None or worker.ended.is_set():
                 worker = await self._fork(spec["rank"])
             worker.incarnation = self._incarnation = spec["incarnation"]
+            if self._epoch is not None:
+                self._send(worker, {"op": "clock", "epoch": self._epoch})
             self._send(worker, {"op": "start", "spec": spec})
 
     async def stop(self) -> None:
@@ -156,6 +159,16 @@ class Agent:
             else:
                 worker.killed = True
                 kill(worker.pid)
+
+    async def monotonic(self) -> float:
+        """This host's clock that nobody sets."""
+        return time.monotonic()
+
+    async def follow_clock(self, epoch: float) -> None:
+        """The driver's time of day when that clock was zero: what ranks tell of their steps is on it."""
+        self._epoch = epoch
+        for worker in self._workers.values():
+            self._send(worker, {"op": "clock", "epoch": epoch})
 
     async def take_stacks(self, number: int) -> None:
         """Look at the stacks of this node's workers, from outside; they come as an event with the request's number, and with

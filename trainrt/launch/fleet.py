@@ -10,6 +10,7 @@ from typing import Any
 
 from trainrt.errors import RunDirError, TrainrtError
 from trainrt.launch.agent import Agent, AgentOrders
+from trainrt.launch.clocks import NodeClock
 from trainrt.launch.cluster import Site
 from trainrt.launch.machine import Event, FromNode, NodeLost
 from trainrt.launch.record import NAMESPACE
@@ -180,7 +181,7 @@ class Fleet:
         """Fetch an agent's events until it is gone. Runs in a thread."""
         import ray
 
-        actor = self._actors[node]
+        actor, clock = self._actors[node], NodeClock()
         heard, why = time.monotonic(), Exception()
         while not self._over.is_set() and self._serves(node, actor):
             try:
@@ -199,6 +200,8 @@ class Fleet:
                 for event in answer["events"]:
                     after = event["sequence"]
                     self._put(FromNode(node, event, heard))
+                if clock.due:
+                    _compare(actor, clock)
                 continue
             if lost:
                 if not self._over.is_set():
@@ -212,6 +215,17 @@ class Fleet:
 
     def _name(self, node: str) -> str:
         return f"{self._run_id}/{node}"
+
+
+def _compare(actor: Any, clock: NodeClock) -> None:
+    """Tell an agent the driver's time on its clock; that it is gone, the next poll says."""
+    import ray
+
+    def ask() -> float:
+        return float(ray.get(actor.monotonic.remote(), timeout=POLL_TIMEOUT_SECONDS))
+
+    with suppress(ray.exceptions.RayError):
+        actor.follow_clock.remote(clock.measure(ask))
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from typing import Any
 
 
@@ -23,6 +24,8 @@ class Control:
         self._starts: queue.Queue[dict[str, Any]] = queue.Queue()
         self._incarnation = 0
         self.stop_requested = threading.Event()
+        # Seconds since the epoch on the driver's clock at zero of this host's monotonic one; its own until it is told.
+        self.epoch = time.time() - time.monotonic()
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
     def _read(self) -> None:
@@ -34,6 +37,8 @@ class Control:
                     self._starts.put(message["spec"])
                 elif message["op"] == "stop":
                     self.stop_requested.set()
+                elif message["op"] == "clock":
+                    self.epoch = message["epoch"]
                 elif message["op"] == "exit":
                     os._exit(0)
         # The agent is gone: nobody would hear of what this process does.

@@ -193,7 +193,7 @@ def report(
     result: StepResult, stall: Stall, seconds: float, validation: float | None,
 ) -> None:  # fmt: skip
     """The step's summary for the driver, and from rank 0 the metrics line."""
-    summary = job.recorder.step(step)
+    summary = job.recorder.step(step, epoch=control.epoch)
     control.send("step", step=step, summary=b64encode(summary or b"").decode())
     if job.spec.rank != 0:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +13,11 @@ from trainrt.diagnostics.recording.summary import summary
 from trainrt.diagnostics.recording.windows import EventWriter
 from trainrt.events import EventRing, record_garbage, ring
 from trainrt.run_dir import RunDir
+from trainrt.training.device_clock import DeviceClock
 
 
 class Recorder:
-    """One rank's records of one incarnation. epoch: seconds since the epoch, on the driver's clock, at zero of perf_counter."""
+    """One rank's records of one incarnation."""
 
     def __init__(
         self, run_dir: RunDir, *, rank: int, node: str, incarnation: int, device: torch.device, source: EventRing = ring
@@ -26,9 +26,9 @@ class Recorder:
         self._writer = EventWriter(
             run_dir.events_of(rank), rank=rank, node=node, incarnation=incarnation, asked=run_dir.window
         )
-        self.epoch = time.time() - time.perf_counter()
         self._tokens = self._squares = 0.0
         source.clear()
+        self._clock = DeviceClock(device, source) if device.type == "cuda" else None
         record_garbage()
 
     def batch(self, batch: Mapping[str, Any]) -> None:
@@ -37,17 +37,22 @@ class Recorder:
         self._tokens += tokens
         self._squares += squares
 
-    def step(self, step: int) -> bytes | None:
-        """The summary of a step that has just ended (112 bytes, `SUMMARY`), None where nothing was recorded."""
+    def step(self, step: int, *, epoch: float) -> bytes | None:
+        """The summary of a step that has just ended (112 bytes, `SUMMARY`), None where nothing was recorded.
+
+        epoch: seconds since the epoch, on the driver's clock, at zero of the ring's.
+        """
         events = self._ring.drain()
+        if self._clock is not None:
+            self._clock.step()
         work = {"tokens": self._tokens, "squares": self._squares, "rows": float(self._ring.rows)}
         self._tokens = self._squares = 0.0
         self._ring.rows = 0
         if not events or events[-1].kind != "step":
             return None
-        self._writer.step(step, events, epoch=self.epoch, dropped=self._ring.dropped)
+        self._writer.step(step, events, epoch=epoch, dropped=self._ring.dropped)
         record = summary(
-            events, step=step, rank=self._rank, incarnation=self._incarnation, epoch=self.epoch, work=work,
+            events, step=step, rank=self._rank, incarnation=self._incarnation, epoch=epoch, work=work,
             memory=memory_bytes(self._device),
         )  # fmt: skip
         return record.tobytes()

@@ -20,12 +20,15 @@ def exclusive(events: Sequence[Event]) -> list[float]:
 
     What lies inside is found by time, so events may be missing, and a depth may be wrong by one.
     """
-    own = [event.seconds for event in events]
-    waiting: list[int] = []
-    for index, event in enumerate(events):
-        while waiting and events[waiting[-1]].start >= event.start:
-            own[index] -= events[waiting.pop()].seconds
-        waiting.append(index)
+    own: list[float] = []
+    # What has ended and has no parent yet: start and seconds.
+    orphans: list[tuple[float, float]] = []
+    for _, _, _, start, end, *_ in events:
+        seconds = rest = end - start
+        while orphans and orphans[-1][0] >= start:
+            rest -= orphans.pop()[1]
+        orphans.append((start, seconds))
+        own.append(rest)
     return own
 
 
@@ -40,12 +43,12 @@ def summary(
     whole = events[-1]
     found = dict.fromkeys((*PARTS, *AXES), 0.0)
     sent = 0
-    for event, seconds in zip(events, exclusive(events), strict=True):
-        if event.kind == "collective":
-            sent += event.bytes
-            found[AXIS_OF.get(event.group, "world")] += max(0.0, seconds)
-        elif event.kind in found:
-            found[event.kind] += max(0.0, seconds)
+    for (_, kind, _, _, _, bytes, group, *_), seconds in zip(events, exclusive(events), strict=True):
+        if kind == "collective":
+            sent += bytes
+            kind = AXIS_OF.get(group, "world")
+        if kind in found:
+            found[kind] += seconds
     found["other"] = max(0.0, whole.seconds - (sum(found.values()) - found["other"]))
     values = {
         **found, **work, "step": step, "rank": rank, "incarnation": incarnation, "start": epoch + whole.start,

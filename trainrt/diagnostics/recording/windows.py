@@ -83,6 +83,7 @@ class EventWriter:
         self._head = {"rank": rank, "node": node, "incarnation": incarnation}
         self._windows = Windows(asked)
         self._kept: deque[tuple[int, Sequence[Event], float, int]] = deque(maxlen=1 + BEFORE)
+        self._written: deque[int] = deque(maxlen=1 + BEFORE)
 
     def step(self, step: int, events: Sequence[Event], *, epoch: float, dropped: int) -> None:
         """The events of a step, the last of which is the step itself; what is wanted of this one and those before is written.
@@ -91,11 +92,10 @@ class EventWriter:
         """
         self._kept.append((step, events, epoch, dropped))
         wanted = self._windows.wanted(step, events[-1].seconds)
-        while wanted and len(self._kept) > wanted:
-            self._kept.popleft()
-        if wanted:
-            while self._kept:
-                self._write(*self._kept.popleft())
+        for kept in list(self._kept)[-wanted:] if wanted else ():
+            if kept[0] not in self._written:
+                self._write(*kept)
+                self._written.append(kept[0])
 
     def _write(self, step: int, events: Sequence[Event], epoch: float, dropped: int) -> None:
         whole = events[-1]
@@ -112,4 +112,6 @@ class EventWriter:
 
 
 def _json(event: Event, start: float) -> dict[str, Any]:
-    return {**event._asdict(), "start": round(event.start - start, 7), "seconds": round(event.seconds, 7)}
+    known = event._asdict()
+    del known["end"]
+    return {**known, "start": round(event.start - start, 7), "seconds": round(event.seconds, 7)}

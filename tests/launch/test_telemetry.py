@@ -1,0 +1,78 @@
+"""The files of summaries and seats: whole records, whoever wrote before and wherever it broke off."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.reference import validate
+from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.table import SUMMARY
+from trainrt.launch.telemetry import Telemetry
+from trainrt.run_dir import RunDir, read_lines
+
+MESH = {"pp": 1, "dp": 1, "fsdp": 2, "cp": 1, "tp": 1, "ep": 1}
+
+
+def text(step: int, rank: int, incarnation: int = 1) -> str:
+    record: Any = np.zeros(1, dtype=SUMMARY)
+    record["step"], record["rank"], record["incarnation"], record["seconds"] = step, rank, incarnation, step + rank
+    return b64encode(record.tobytes()).decode()
+
+
+def made(path: Path) -> tuple[RunDir, Telemetry]:
+    run_dir = RunDir(path)
+    run_dir.create()
+    return run_dir, Telemetry(run_dir)
+
+
+def test_a_driver_goes_on_behind_the_record_that_another_left_torn(tmp_path: Path) -> None:
+    run_dir, first = made(tmp_path)
+    first.seats(incarnation=1, mesh=MESH, nodes={0: "n0", 1: "n1"}, first_step=1)
+    for rank in range(2):
+        first.summary(text(1, rank))
+    assert len(text(1, 0)) < 200, "what a rank sends of a step is small"
+    first.flush()
+    reader = RunReader(run_dir)
+    assert reader.refresh() and not reader.refresh()
+    with run_dir.summaries.open("ab") as file:
+        file.write(b"\x01" * 50)
+    assert not reader.refresh(), "a part of a record is none"
+    second = Telemetry(run_dir)
+    for rank in range(2):
+        second.summary(text(2, rank))
+    second.flush()
+    reader.refresh()
+    table = reader.table()
+    assert table is not None and table.seconds.tolist() == [[1, 2], [2, 3]]
+    assert run_dir.summaries.stat().st_size == 4 * SUMMARY.itemsize
+
+
+def test_the_last_incarnation_has_its_own_seats(tmp_path: Path) -> None:
+    run_dir, telemetry = made(tmp_path)
+    reader = RunReader(run_dir)
+    assert reader.table() is None
+    telemetry.seats(incarnation=1, mesh=MESH, nodes={0: "n0", 1: "n1"}, first_step=1)
+    telemetry.summary(text(1, 1))
+    telemetry.seats(incarnation=2, mesh={**MESH, "fsdp": 1}, nodes={0: "n1"}, first_step=1)
+    telemetry.summary(text(1, 0, incarnation=2))
+    telemetry.flush()
+    for line in read_lines(run_dir.seats):
+        validate("seats", line)
+    reader.refresh()
+    now, before = reader.table(), reader.table(1)
+    assert now is not None and (now.roles.ranks, now.roles.hosts) == (1, ("n1",))
+    assert before is not None and before.roles.coordinates["fsdp"].tolist() == [0, 1]
+    assert np.isnan(before.seconds[0, 0]) and before.seconds[0, 1] == 2
+
+
+def test_summaries_wait_no_longer_than_half_a_second(tmp_path: Path) -> None:
+    run_dir, telemetry = made(tmp_path)
+    telemetry.summary(text(1, 0))
+    assert not run_dir.summaries.exists()
+    telemetry._flushed_at -= 0.5
+    telemetry.summary(text(1, 1))
+    assert run_dir.summaries.stat().st_size == 2 * SUMMARY.itemsize
