@@ -18,6 +18,11 @@ from trainrt.errors import DiagnosticsError, NotEnoughData
 FORWARD, BACKWARD = LENGTHS["forward-compute"], LENGTHS["backward-compute"]
 
 
+def by(factor: float, *names: str) -> Any:
+    """Durations of these names, multiplied everywhere."""
+    return lambda job, name, stage, chunk, microbatch, usual: usual * (factor if name in names else 1)
+
+
 def figures(job: Job) -> WhatIf:
     return what_if(Replay.of(job.trace()))
 
@@ -28,6 +33,9 @@ CLOSED = ("embedding-grads-all-reduce", "grads-reduce-scatter", "optimizer-clip-
 @pytest.mark.parametrize("job", [
     {}, {"dp": 1}, {"pp": 1}, {"dp": 1, "pp": 1}, {"dp": 3, "pp": 3, "microbatches": 2}, {"vpp": 2},
     {"vpp": 3, "microbatches": 4}, {"vpp": 2, "noops": True}, {"post": CLOSED}, {"post": ()},
+    {"vpp": 2, "overlap": True, "post": ("separate-grads-all-reduce", "optimizer")},
+    {"vpp": 2, "overlap": True, "post": ("separate-grads-all-reduce", "optimizer"), "seconds": by(60, "grads-reduce-scatter")},
+    {"seconds": by(400, "forward", "backward")}, {"vpp": 2, "seconds": by(400, "forward", "backward")},
 ])  # fmt: skip
 def test_durations_as_traced_give_the_traced_steps(job: dict[str, Any]) -> None:
     found = figures(Job(noise=0.3, seed=3, **job))
@@ -106,6 +114,27 @@ def test_a_transfer_lasts_from_the_last_arrival() -> None:
     moves = replay.lanes.is_type("forward-send", "forward-recv", "backward-send", "backward-recv")
     assert replay.lanes.duration[moves].max() > 100 * LENGTHS["forward"]
     assert replay.traced[moves].max() < 2 * LENGTHS["forward"]
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding-grads-all-reduce", "optimizer-clip-main-grad", "separate-grads-all-reduce"]
+)
+def test_a_collective_lasts_from_its_last_arrival_among_its_own_members(name: str) -> None:
+    """Replicas of very different speed: a collective of all of them takes no longer for it, nor one within each of them."""
+
+    def seconds(job: Job, which: str, stage: int, chunk: int, microbatch: int, usual: Seconds) -> Seconds:
+        if which == name:
+            return usual * np.array([1, 1, 1, 3]) if name.startswith("embedding") else usual
+        return usual * (1 + np.arange(4)) * (1 + stage)
+
+    replay = Replay.of(Job(seconds=seconds, post=(name, "optimizer")).trace())
+    moves = replay.lanes.is_type(name)
+    expected = np.array([1, 1, 1, 3]) if name.startswith("embedding") else np.ones(4)
+    np.testing.assert_allclose(
+        replay.traced[moves], np.broadcast_to(LENGTHS[name] * expected, replay.traced[moves].shape), rtol=1e-6
+    )
+    ends = replay.run(np.where(moves[:, None, None], 100.0, replay.traced))
+    np.testing.assert_allclose(ends, what_if(replay).original + 100 - LENGTHS[name] * expected[-1], rtol=1e-9)
 
 
 class Plain:

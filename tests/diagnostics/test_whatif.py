@@ -103,14 +103,29 @@ def test_sequences_of_unequal_lengths_are_to_be_rebalanced(job: dict[str, Any]) 
 
 
 def test_what_unequal_sequences_cost_in_closed_form() -> None:
-    """Without a pipeline the step waits for the replica with most work; balanced, each has its mean."""
+    """Without a pipeline the step waits for the replica with most work; balanced, all have the same."""
     job = Job(dp=4, pp=1, microbatches=4, steps=30, seconds=lengths)
     verdict = only(diagnose(job.trace()))
     work = np.zeros((30, 4))
     for microbatch in range(4):
         for name in COMPUTES:
             work += lengths(job, name, 0, 0, microbatch, np.full((30, 4), LENGTHS[name]))
-    assert verdict.seconds_a_step == pytest.approx(work.max(axis=1).mean() - work.mean(axis=0).max())
+    assert verdict.seconds_a_step == pytest.approx(work.max(axis=1).mean() - work.mean())
+
+
+@pytest.mark.parametrize("pp", [1, 4])
+def test_a_replica_that_always_gets_long_sequences_is_no_slow_device(pp: int) -> None:
+    """Its short microbatches take as long as others' (no pipeline), or all its stages are as slow (pipeline)."""
+
+    def seconds(job: Job, name: str, stage: int, chunk: int, microbatch: int, usual: Seconds) -> Seconds:
+        usual = lengths(job, name, stage, chunk, microbatch, usual).copy() if pp > 1 else usual.copy()
+        if name in COMPUTES and (pp > 1 or microbatch % 2):
+            usual[:, 3] *= 1.8
+        return usual
+
+    verdict = only(diagnose(Job(dp=6, pp=pp, steps=6, seconds=seconds, noise=0.01).trace()))
+    assert (verdict.cause, verdict.action) == ("sequence_imbalance", "rebalance")
+    assert verdict.share > 0.2
 
 
 def test_variation_that_forward_and_backward_do_not_share_is_no_matter_of_sequences() -> None:
@@ -174,6 +189,11 @@ def test_a_slow_link_is_named_by_its_ends() -> None:
 def test_a_worker_all_of_whose_links_are_slow_has_a_slow_nic() -> None:
     verdict = only(diagnose(Job(noise=0.02, pp=5, seconds=on_links((1, 3), (2, 3))).trace()))
     assert (verdict.cause, verdict.action, places(verdict)) == ("slow_nic", "check_network", {(2, 3)})
+
+
+def test_a_replica_all_of_whose_links_are_slow_has_slow_links_and_no_slow_nic() -> None:
+    verdict = only(diagnose(Job(noise=0.02, seconds=on_links((0, 3), (1, 3), (2, 3))).trace()))
+    assert (verdict.cause, places(verdict)) == ("slow_link", {(stage, 3) for stage in range(4)})
 
 
 def test_a_stage_whose_replicas_exchange_slowly_is_named() -> None:

@@ -20,7 +20,8 @@ Turn = tuple[str, int, int]
 
 LENGTHS = {
     "forward-compute": 0.1, "backward-compute": 0.2, "forward": 0.001, "backward": 0.001, "params-all-gather": 0.02, "gc": 0.0,
-    "grads-reduce-scatter": 0.03, "optimizer": 0.01, "optimizer-clip-main-grad": 0.002, "embedding-grads-all-reduce": 0.004,
+    "grads-reduce-scatter": 0.03, "separate-grads-all-reduce": 0.003, "optimizer": 0.01,
+    "optimizer-clip-main-grad": 0.002, "embedding-grads-all-reduce": 0.004,
 }  # fmt: skip
 
 
@@ -29,7 +30,8 @@ class Job:
     """A pipeline of pp stages of vpp chunks, dp replicas.
 
     seconds: changes durations, (job, name, stage, chunk, microbatch, usual) -> seconds, both (steps, dp); a transfer's stage is
-    the sender's. noops: note receives that never were. post: what a worker does behind its last backward.
+    the sender's. noops: note receives that never were. overlap: reduce a chunk's gradients behind its last backward. post: what
+    a worker does behind its last backward.
     """
 
     dp: int = 4
@@ -40,6 +42,7 @@ class Job:
     noise: float = 0.0
     seed: int = 0
     noops: bool = False
+    overlap: bool = False
     post: tuple[str, ...] = ("grads-reduce-scatter", "optimizer")
     seconds: Callable[[Job, str, int, int, int, Seconds], Seconds] | None = None
     rows: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
@@ -160,20 +163,26 @@ def _turn(
     end = ready + job.takes(f"{direction}-compute", stage, chunk, microbatch)
     job.note(f"{direction}-compute", stage, ready, end, chunk=chunk, microbatch=microbatch)
     done[direction, gmc, microbatch] = clock[stage] = posted[direction, stage] = end
+    if job.overlap and direction == "backward" and microbatch == job.microbatches - 1:
+        start = np.maximum(end, stream["dp", stage])
+        stream["dp", stage] = start.max(axis=1, keepdims=True) + job.takes("grads-reduce-scatter", stage, chunk)
+        job.note("grads-reduce-scatter", stage, start, stream["dp", stage], chunk=chunk)
     return True
 
 
 def _close(job: Job, clock: list[Seconds], stream: Any) -> None:
-    for name in job.post:
+    for place, name in enumerate(job.post):
         joined = {"embedding-grads-all-reduce": [0, job.pp - 1], "optimizer-clip-main-grad": list(range(job.pp))}
-        starts = {stage: np.maximum(clock[stage], stream["dp", stage]) if name == "grads-reduce-scatter" else clock[stage]
-                  for stage in range(job.pp)}  # fmt: skip
+        behind = name == "grads-reduce-scatter" or (job.overlap and not place)
+        starts = {
+            stage: np.maximum(clock[stage], stream["dp", stage]) if behind else clock[stage] for stage in range(job.pp)
+        }
         for stage in range(job.pp):
             members = joined.get(name, [stage])
             if name in joined and stage not in members:
                 continue
             arrived = np.maximum.reduce([starts[one] for one in members])
-            if name in ("grads-reduce-scatter", "optimizer-clip-main-grad"):
+            if name in ("grads-reduce-scatter", "separate-grads-all-reduce", "optimizer-clip-main-grad"):
                 arrived = arrived.max(axis=1, keepdims=True)
             end = arrived + job.takes(name, stage)
             job.note(name, stage, starts[stage], end)

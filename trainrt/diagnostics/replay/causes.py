@@ -154,14 +154,13 @@ def long_stage(replay: Replay, compute: Compute) -> Suspicion | None:
     )  # fmt: skip
 
 
-def slow_workers(replay: Replay, compute: Compute) -> Suspicion | None:
-    """Workers that compute longer than the same stage of other replicas (section 5.1).
+def slow_devices(replay: Replay, compute: Compute) -> tuple[NDArray[np.bool_], Numbers, Numbers]:
+    """(which workers are slow, ratio to their peers, share of the steps they are slower in), (P, D) each.
 
-    Where sequences differ, what all stages of a replica share is their data and no device's fault.
+    A slow device is slow all the time: in most steps, and with its shortest microbatches too. Where sequences differ, what all
+    stages of a replica share is their data and no device's fault.
     """
     lanes = replay.lanes
-    if lanes.replicas == 1:
-        return None
     ratio, in_step = _ratio(compute.of_worker), _ratio(compute.load)
     replica = _of_replica(ratio) if compute.uneven else np.ones((1, 1))
     ratio, in_step = ratio / replica, in_step / (_of_replica(in_step) if compute.uneven else 1)
@@ -169,7 +168,14 @@ def slow_workers(replay: Replay, compute: Compute) -> Suspicion | None:
     spread = 5 * 1.4826 * np.median(np.abs(ratio - 1), axis=1, keepdims=True) if lanes.replicas > 3 else 0
     shortest = _ratio(_shortest(replay, compute)) / replica
     slow = (ratio >= SLOW_WORKER) & (shortest >= SLOW_WORKER) & (ratio - 1 > spread) & (lasting >= LASTING)
-    if not slow.any():
+    return slow, ratio, lasting
+
+
+def slow_workers(replay: Replay, compute: Compute) -> Suspicion | None:
+    """Workers that compute longer than the same stage of other replicas (section 5.1)."""
+    lanes = replay.lanes
+    slow, ratio, lasting = slow_devices(replay, compute)
+    if lanes.replicas == 1 or not slow.any():
         return None
     workers = sorted(((int(s), int(d)) for s, d in np.argwhere(slow)), key=lambda place: -ratio[place])
     factor = np.where(slow, 1 / ratio, 1.0)[lanes.stage]
@@ -195,7 +201,7 @@ def _ratio(values: Numbers) -> Numbers:
 
 
 def _of_replica(ratio: Numbers) -> Numbers:
-    """What all stages of a replica share: their data, not their devices. 1 where there is one stage."""
+    """What all stages of a replica share, (1, D): their data, not their devices. 1 where there is one stage."""
     if len(ratio) == 1:
         return np.ones_like(ratio)
     return (ratio.min(axis=0) if len(ratio) == 2 else np.median(ratio, axis=0))[None]
@@ -211,13 +217,20 @@ def _shortest(replay: Replay, compute: Compute) -> Numbers:
 
 
 def uneven_sequences(replay: Replay, compute: Compute) -> Suspicion | None:
-    """Microbatches of unequal work: without it, each takes the mean of its worker's (section 5.3)."""
+    """Microbatches of unequal work (section 5.3): without it, each takes its worker's mean, and replicas have equal shares."""
     if compute.correlation is None or not compute.uneven:
         return None
     lanes = replay.lanes
     scale = np.ones(replay.traced.shape)
-    share = _of_replica(_ratio(compute.of_worker)) if lanes.replicas > 1 else np.ones((1, 1))
-    share = share / share.mean()
+    ratio = _ratio(compute.of_worker)
+    slow = slow_devices(replay, compute)[0]
+    # Without a pipeline all that is not a slow device is data.
+    of_data = (
+        np.where(slow, np.mean(ratio[~slow]) if not slow.all() else 1.0, ratio)
+        if lanes.stages == 1
+        else _of_replica(ratio)
+    )
+    share = of_data / of_data.mean()
     for operations in compute.chunks.values():
         spent = replay.traced[operations]
         scale[operations] = spent.mean(axis=(0, 1)) / share[0] / np.maximum(spent, 1e-12)

@@ -8,6 +8,7 @@ Legend: O operations of a lane, S steps, D replicas (dp).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +113,7 @@ def _rows(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _whole_steps(trace: Trace, there: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(operations, steps) to keep: the set of operations that most steps have in all replicas."""
-    everywhere = there.all(axis=2)
+    everywhere: Any = there.all(axis=2)
     differ = np.not_equal(everywhere, there.any(axis=2))
     alike = ~differ.any(axis=0)
     if not alike.any():
