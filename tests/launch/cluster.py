@@ -26,11 +26,13 @@ HEALTH_CHECKS = {
 class RayCluster:
     """Nodes of separate `ray start --block` processes, without authentication, as by hand.
 
-    With `hosts` each but the head's runs on a host of its own.
+    With `hosts` each but the head's runs on a host of its own, and with `shared_memory` (a size such as 256m) has a /dev/shm
+    of its own, too.
     """
 
-    def __init__(self, scratch: Path, *, hosts: Hosts | None = None) -> None:
+    def __init__(self, scratch: Path, *, hosts: Hosts | None = None, shared_memory: str = "") -> None:
         self.port, self.scratch, self._hosts = free_port(), scratch, hosts
+        self._shared_memory = shared_memory
         self.short = Path(f"/tmp/joined-{os.getpid()}-{self.port}")
         self.nodes: list[subprocess.Popen[bytes]] = []
 
@@ -44,6 +46,9 @@ class RayCluster:
     def add(self) -> subprocess.Popen[bytes]:
         host = self._hosts.add() if self._hosts is not None and self.nodes else 0
         words = self._hosts.prefix(host) if self._hosts is not None else []
+        if host and self._shared_memory:
+            mount = f'mount -t tmpfs -o size={self._shared_memory} tmpfs /dev/shm && exec "$@"'
+            words += ["sh", "-c", mount, "sh"]
         words += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         words += ["--dashboard-agent-listen-port", "0", "--num-cpus", "2", "--temp-dir", str(self.short)]
         words += ["--object-store-memory", str(80 * 2**20), "--node-ip-address", self._place(host)]

@@ -88,9 +88,25 @@ class Hosts:
 
     def limit(self, host: int, megabits: float) -> None:
         """The rate at which a host sends, in Mbit/s."""
-        device = ["tc", "-n", self._name(host), "qdisc", "replace", "dev", "eth0", "root"]
+        where, name = (["-n", self._name(host)], "eth0") if host else ([], self._bridge)
+        device = ["tc", *where, "qdisc", "replace", "dev", name, "root"]
         bucket = ["tbf", "rate", f"{round(megabits * 1000)}kbit", "burst", "64kb", "latency", "50ms"]
         subprocess.run([*device, *bucket], check=True, capture_output=True)
+
+    def limit_to(self, host: int, other: int, megabits: float) -> None:
+        """The rate at which a host sends to one other host, in Mbit/s: over a wire of its own; answers come by the bridge."""
+        here, there = self._name(host), self._name(other)
+        wire = f"wire{other}"
+        ip("-n", here, "link", "add", wire, "type", "veth", "peer", "name", f"wire{host}", "netns", there)
+        ip("-n", here, "link", "set", wire, "up")
+        ip("-n", there, "link", "set", f"wire{host}", "up")
+        ip("-n", here, "route", "add", f"{self.address_of(other)}/32", "dev", wire, "src", self.address_of(host))
+        bucket = f"tbf rate {round(megabits * 1000)}kbit burst 64kb latency 50ms".split()
+        device = ["tc", "-n", here, "qdisc", "replace", "dev", wire, "root", *bucket]
+        subprocess.run(device, check=True, capture_output=True)
+
+    def unlimit_to(self, host: int, other: int) -> None:
+        ip("-n", self._name(host), "link", "del", f"wire{other}")
 
     def cut(self, host: int) -> None:
         """A dead link: nothing comes from a host, nothing reaches it, nobody is told."""

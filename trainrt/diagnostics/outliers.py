@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 from trainrt.diagnostics.selfcheck import Check, check_of
@@ -96,7 +96,8 @@ def judge_one(name: str, value: float | None, peers: Sequence[float]) -> Judged:
     if value > check.most:
         return Judged(name, value, middle, f"{shown(name, value)} is more than {shown(name, check.most)}")
     ratio = check.ratio if len(peers) + 1 >= FEWEST else check.gross
-    floor = 0.0 if middle is None or ratio is None else ratio * middle
+    # Of two in the middle the lower: among three nodes one that is faster than usual must not make outliers of the others.
+    floor = ratio * median_low(peers) if peers and ratio is not None else 0.0
     if middle is None or value >= floor:
         return Judged(name, value, middle)
     why = f"{shown(name, value)}, its peers' median is {shown(name, middle)}"

@@ -158,6 +158,14 @@ class Fleet:
         """Call a method of one agent, which need not be up yet; Ray's reference to the answer. Raises KeyError without one."""
         return getattr(self._actors[node], method).remote(*given)
 
+    def answer(self, reference: Any, *, seconds: float) -> Any:
+        """What was asked for, or None where it has not come within so many seconds, or was no answer but an error."""
+        import ray
+
+        with suppress(Exception):
+            return ray.get(reference, timeout=max(0.0, seconds))
+        return None
+
     def forget(self, node: str) -> None:
         """An agent is gone: give back what was reserved for it."""
         import ray

@@ -85,14 +85,10 @@ class Vetting:
 
     def _answers(self, deadline: float) -> dict[str, dict[str, float | None]]:
         """What has come by then, by node. Where only one host is checked nothing hangs on it, and it is not waited for."""
-        import ray
-
-        found = {}
         patient = len(self._asked) > 1 or len(set(map(self._host, self._fleet.nodes))) > 1
+        found = {}
         for node, reference in self._asked.items():
-            # Whatever it is that fails here, a job does not depend on it.
-            with suppress(Exception):
-                found[node] = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()) if patient else 0.0)
+            found[node] = self._fleet.answer(reference, seconds=deadline - time.monotonic() if patient else 0.0)
         self._asked.clear()
         return {node: answer for node, answer in found.items() if answer}
 
