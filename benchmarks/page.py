@@ -4,18 +4,22 @@
 
 The run is made up: its summaries, seats, and events of some ranks are written, as a driver and workers write them, to a scratch
 directory. The server is a process of its own; each document is asked for over a real socket while steps are appended, a step for
-every tenth request. `first` is the first answer of all, which reads the whole directory.
+every tenth request. `first` is the first answer of all, which reads the whole directory. Meanwhile a page is open: its stream of
+changes has the server look for new steps twice a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +56,17 @@ def ask(address: str) -> tuple[float, int]:
     return time.perf_counter() - began, size
 
 
+def watch(address: str) -> None:
+    """Read the stream of changes until the server is gone."""
+    with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(f"{address}/api/stream") as stream:
+        while stream.readline():
+            pass
+
+
 def measure(run: WrittenRun, address: str, requests: int) -> None:
     first, _ = ask(f"{address}/api/heatmap")
     print(f"first: {first:.2f} s")
+    threading.Thread(target=watch, args=(address,), daemon=True).start()
     print(f"{'document':32} {'median ms':>10} {'p95 ms':>8} {'max ms':>8} {'KB':>8}")
     for path in PATHS:
         found = []

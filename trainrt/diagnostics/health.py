@@ -57,10 +57,10 @@ def _snapshots(reader: RunReader) -> dict[str, Any]:
     last = recent[-1] if recent else {}
     seconds = sum(line["step_seconds"] for line in recent)
     stall = sum(line["snapshot_stall_seconds"] for line in recent)
-    cluster = reader.run_dir.read_cluster() or {}
+    cluster = reader.cluster.read() or {}
     stores = [process for process in cluster.get("processes", []) if process["role"] == "store"]
     return {
-        "protection": (reader.run_dir.read_status() or {}).get("protection"),
+        "protection": reader.status().get("protection"),
         "every": last.get("snapshot_every"),
         "stall_seconds": stall / len(recent) if recent else None,
         "stall_share": stall / seconds if seconds else None,

@@ -62,6 +62,8 @@ class RunReader:
         self.windows = Windows(run_dir)
         self.diagnosis = Document(run_dir.diagnosis)
         self.plan = Document(run_dir.plan)
+        self.cluster = Document(run_dir.cluster)
+        self._status = Document(run_dir.status)
         self._metrics_tail = Tail(run_dir.metrics)
         self._incidents_tail = Tail(run_dir.incidents)
 
@@ -87,5 +89,5 @@ class RunReader:
 
     def status(self) -> dict[str, Any]:
         """status.json, and whether a driver holds the directory: a run that says "running" may be dead."""
-        document = self.run_dir.read_status() or {"state": "unknown", "message": "the run has not begun"}
+        document = self._status.read() or {"state": "unknown", "message": "the run has not begun"}
         return {**document, "live": self.run_dir.locked()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,45 +20,50 @@ from trainrt.diagnostics.timeline import timeline
 from trainrt.run_dir import RunDir
 
 POINTS = 2000
-FRESH_SECONDS = 0.1
-"""Requests that come closer together see the same state: the page asks for several documents at once."""
+FRESH_SECONDS = 0.5
+"""Requests that come closer together see the same state; the stream of an open page looks as often."""
+MADE_KEPT = 64
 UNKNOWN = {"state": "unknown", "verdicts": [], "notes": ["No diagnosis was written yet."]}
+ALL = ("status", "metrics", "incidents", "summaries", "seats", "events", "plan", "diagnosis")
 
 
 class Views:
-    """One lock: visitors share what was read and made."""
+    """Visitors share what was read and made. One of them at a time reads; meanwhile the others are shown what there was."""
 
     def __init__(self, directory: RunDir) -> None:
         self.reader = RunReader(directory)
         self.ledger = Ledger(self.reader.summaries)
         self._lock = threading.Lock()
-        self._read_at = 0.0
+        self._read_at = -FRESH_SECONDS
+        self._revisions: dict[str, Hashable] = {}
         self._made: dict[str, tuple[Hashable, bytes]] = {}
 
     def changes(self) -> dict[str, Any]:
         """The status, and of each kind of document a number that is another when the document is."""
         with self._lock:
             self._refresh()
-            return {"status": self.reader.status(), "revisions": self._revisions()}
+            # The next to ask is the page that hears of it.
+            self.ledger.heat()
+            told = {name: revision for name, revision in self._revisions.items() if name != "status"}
+            return {"status": self.reader.status(), "revisions": told}
 
     def run(self) -> bytes:
         """Path, status, cluster."""
-        with self._lock:
-            status = self.reader.status()
-            return _json(
-                {
-                    "path": str(self.reader.run_dir),
-                    "status": status,
-                    "cluster": self.reader.run_dir.read_cluster() or {},
-                }
-            )
+
+        def make() -> dict[str, Any]:
+            reader = self.reader
+            return {"path": str(reader.run_dir), "status": reader.status(), "cluster": reader.cluster.read() or {}}
+
+        return self._document("run", ("status",), make)
 
     def metrics(self, after: int) -> bytes:
         """The lines of the steps after one, at most about POINTS."""
-        with self._lock:
-            self._refresh()
+
+        def make() -> dict[str, Any]:
             held = self.reader.metrics
-            return _json({"lines": _thin([held[step] for step in sorted(held) if step > after])})
+            return {"lines": _thin([held[step] for step in sorted(held) if step > after])}
+
+        return self._document(f"metrics {after}", ("metrics",), make)
 
     def diagnosis(self) -> bytes:
         """diagnosis.json, and when it was written; without one, state unknown."""
@@ -104,9 +109,8 @@ class Views:
 
     def perfetto(self, step: int, rank: int | None) -> bytes:
         """The trace of a step."""
-        with self._lock:
-            self._refresh()
-            return _json(perfetto(self.reader, step, rank))
+        needs = ("events", "seats", "diagnosis")
+        return self._document(f"perfetto {step} {rank}", needs, lambda: perfetto(self.reader, step, rank))
 
     def incidents(self) -> bytes:
         """All incidents, oldest first."""
@@ -118,41 +122,47 @@ class Views:
 
     def health(self) -> bytes:
         """Snapshots and memory."""
-        with self._lock:
-            self._refresh()
-            return _json(health_document(self.reader))
+        return self._document("health", ALL, lambda: health_document(self.reader))
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""
+        return self._bytes("exposition", ALL, lambda: exposition(self.reader, self.ledger))
+
+    def _document(self, name: str, needs: Sequence[str], make: Callable[[], dict[str, Any]]) -> bytes:
+        return self._bytes(name, needs, lambda: _json(make()))
+
+    def _bytes(self, name: str, needs: Sequence[str], make: Callable[[], bytes]) -> bytes:
+        held = self._made.get(name)
+        if held and held[0] == self._key(needs) and (self._fresh() or self._lock.locked()):
+            return held[1]
         with self._lock:
-            self._refresh()
-            return exposition(self.reader, self.ledger)
+            if not self._fresh():
+                self._refresh()
+            held, key = self._made.get(name), self._key(needs)
+            if not held or held[0] != key:
+                if len(self._made) >= MADE_KEPT:
+                    self._made.clear()
+                held = self._made[name] = (key, make())
+            return held[1]
+
+    def _key(self, needs: Sequence[str]) -> Hashable:
+        now = self._revisions
+        return tuple(now.get(need) for need in needs)
+
+    def _fresh(self) -> bool:
+        return time.monotonic() - self._read_at < FRESH_SECONDS
 
     def _refresh(self) -> None:
-        if time.monotonic() - self._read_at > FRESH_SECONDS:
-            self.reader.refresh()
-            self.ledger.refresh()
-            self._read_at = time.monotonic()
-
-    def _revisions(self) -> dict[str, int]:
         reader = self.reader
+        reader.refresh()
+        self.ledger.refresh()
         reader.plan.read()
-        return {
-            "metrics": reader.metrics_revision, "incidents": len(reader.incidents), "summaries": reader.summaries.revision,
-            "seats": reader.summaries.incarnation, "events": reader.windows.revision, "plan": reader.plan.revision,
-            "diagnosis": reader.diagnosis.revision,
+        self._revisions = {
+            "status": json.dumps([reader.status(), reader.cluster.read()]), "metrics": reader.metrics_revision,
+            "incidents": len(reader.incidents), "summaries": reader.summaries.revision, "seats": reader.summaries.incarnation,
+            "events": reader.windows.revision, "plan": reader.plan.revision, "diagnosis": reader.diagnosis.revision,
         }  # fmt: skip
-
-    def _document(self, name: str, needs: tuple[str, ...], make: Callable[[], dict[str, Any]]) -> bytes:
-        with self._lock:
-            self._refresh()
-            now = self._revisions()
-            key = tuple(now[need] for need in needs)
-            if name not in self._made or self._made[name][0] != key:
-                if len(self._made) > 64:
-                    self._made.clear()
-                self._made[name] = (key, _json(make()))
-            return self._made[name][1]
+        self._read_at = time.monotonic()
 
 
 def _json(document: dict[str, Any]) -> bytes:
