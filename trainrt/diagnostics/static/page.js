@@ -9,12 +9,14 @@ import { showState } from "./state.js";
 import { redrawTimeline, shownRanks, showTimeline } from "./timeline.js";
 import { showDiagnosis } from "./verdicts.js";
 
-const metrics = [];
+const metrics = [], POINTS = 4000;
 let status = null, known = {}, wanted = null, busy = false;
 
 async function freshMetrics() {
   const from = metrics.at(-1)?.step ?? 0, fresh = await get(`/api/metrics?after=${from}`);
   metrics.push(...fresh.lines.filter((line) => line.step > (metrics.at(-1)?.step ?? 0)));
+  // A page that is open for weeks: the older half of the steps is kept ever sparser.
+  if (metrics.length > POINTS) metrics.splice(0, POINTS / 2, ...metrics.slice(0, POINTS / 2).filter((_, i) => i % 2 === 0));
   showMetrics(metrics);
   showMixtures(metrics.at(-1));
 }

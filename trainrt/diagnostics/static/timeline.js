@@ -2,7 +2,7 @@
 import { $, bytes, color, node, seconds, swatch } from "./dom.js";
 import { onSelect, select, selection } from "./seats.js";
 
-const LABEL = 112, ARROWS = 40, TOP = 18;
+const LABEL = 112, ARROWS = 40, TOP = 18, WORTH = 0.02;
 const INKS = {
   data: "data", forward: "forward", backward: "backward", optimizer: "optimizer", snapshot: "snapshot", checkpoint: "checkpoint",
   evaluation: "forward", collective: "wait", other: "other", garbage_collection: "bad", compile: "other",
@@ -99,7 +99,7 @@ function drawArrows(context, width) {
   const index = new Map(rows.map((row, i) => [row.rank, i])), chosen = selection.rank;
   const inView = line.arrows.filter((a) => a.to_seconds >= view.from && a.from_seconds <= view.to && index.has(a.from) && index.has(a.to));
   const own = inView.filter((a) => a.from === chosen || a.to === chosen);
-  const shown = (own.length ? own : inView).slice(0, ARROWS), ink = color("ink");
+  const shown = (own.length ? own : inView.filter((a) => a.waited_seconds > WORTH * end)).slice(0, ARROWS), ink = color("ink");
   context.lineWidth = 1.2;
   for (const arrow of shown) {
     const x1 = at(arrow.from_seconds, width), y1 = TOP + (index.get(arrow.from) + 0.5) * height;

@@ -7,7 +7,7 @@ const ACTIONS = {
   check_storage: "Check the storage", check_network: "Check the network", wait: "Wait", none: "Nothing to do",
 };
 const FEW = 4;
-const MENTION = /\b(ranks?) (\d+(?:(?:, and |, | and )\d+)*)|\b(step) (\d+)|\b(hosts?|on) ([\w.-]*\w)/gi;
+const MENTION = /\b(ranks?) (\d+(?:(?:, and |, | and )\d+)*)|\b(step) (\d+)|\b(hosts?|on) (?!(?:ranks?|steps?|hosts?)\b)([\w.-]*\w)/gi;
 
 export function showDiagnosis(diagnosis) {
   const [mood, text] = headline(diagnosis);
