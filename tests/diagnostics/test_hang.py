@@ -211,6 +211,8 @@ def test_a_left_out_call_is_told_from_what_the_rank_did_before(scene: Scene, dat
         assert rank in found.culprits
         if len(scene.groups[after.group]) > 2:
             assert found.culprits == (rank,)
+        if found.left_out is not None:
+            assert found.culprits == (rank,) and found.left_out.site == f"/x/mine.py:{program[place].line} loss"
 
 
 # By hand.
@@ -246,13 +248,40 @@ def test_a_chain_is_followed_to_the_rank_that_waits_for_nobody() -> None:
     )
 
 
-def test_a_rank_that_waits_for_a_message_is_missing_and_its_wait_is_said() -> None:
-    waiting = log([call("a", 1, state="waiting")], a=(0, 1))
+def test_a_rank_whose_message_is_on_its_way_is_missing_and_its_wait_is_said() -> None:
+    sent = call("a", 1, "send", detail="to 1")
+    waiting = log([sent, call("a", 1, state="waiting", order=2)], a=(0, 1))
     receiving = log([call("a", 1, "recv", detail="from 0", state="waiting", site="/x/mine.py:20 wrong")], a=(0, 1))
     found = must(find({0: waiting, 1: receiving}))
     assert (found.kind, found.culprits) == ("missing", (1,))
     assert "rank 1 is in recv(from 0, float32 4) at wrong (mine.py:20)" in sentence(found, hosts={}, places={})
     assert verdict_of(found, hosts={}).action == "none", "another machine would do the same"
+
+
+def test_a_message_that_nobody_sends_and_a_collective_are_a_deadlock_of_the_one_who_strayed() -> None:
+    usual = [call("a", 1, "barrier"), call("a", 2, order=2), call("a", 3, "barrier", order=3)]
+    waiting = log([*usual, call("a", 4, state="waiting", order=4)], a=(4, 7))
+    receiving = log([*usual, call("a", 1, "recv", detail="from 0", state="waiting", site="/x/mine.py:20 wrong", order=4,
+                                  entered=1001.0)], a=(4, 7))  # fmt: skip
+    found = must(find({4: waiting, 7: receiving}))
+    assert (found.kind, found.culprits) == ("deadlock", (7,))
+    assert [(made.rank, made.awaits) for made in found.made] == [(7, 4), (4, 7)]
+    assert "rank 7 made another call here before" in sentence(found, hosts={}, places={})
+
+
+def test_sends_that_wait_for_each_other_are_a_deadlock() -> None:
+    logs = {rank: log([call("a", 1, "send", detail=f"to {1 - rank}", state="waiting")], a=(0, 1)) for rank in (0, 1)}
+    assert must(find(logs)).kind == "deadlock"
+
+
+def test_a_call_that_failed_long_ago_is_nothing_that_a_rank_waits_in() -> None:
+    refused = call("a", 1, "all_reduce", state="failed")
+    logs = {0: log([refused, call("a", 2, order=2)], a=(0, 1)), 1: log([refused], a=(0, 1))}
+    assert must(find(logs)).culprits == (1,)
+    assert (
+        find({0: log([refused, call("a", 2, order=2)], a=(0, 1)), 1: log([refused, call("a", 2, order=2)], a=(0, 1))})
+        is None
+    )
 
 
 def test_queued_calls_of_an_accelerator_count_where_nobody_waits_in_one() -> None:

@@ -21,7 +21,8 @@ CERTAIN, LIKELY, PERHAPS = 0.95, 0.8, 0.5
 
 Key = tuple[str, tuple[int, ...]]
 """A group: its name alone may be taken twice, by ranks that never meet."""
-Differs = Callable[[Mapping[int, Call]], bool]
+By = Callable[[Call], tuple[str, ...]]
+"""What is compared of calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,9 @@ def find(calls: Mapping[int, Calls], *, stopped: Collection[int] = ()) -> Findin
     """What the calls of all ranks say; None where they say nothing. `stopped`: ranks whose processes the kernel stopped."""
     table = _Table(calls)
     return (
-        _mismatch(table, differs=_differs, confidence=CERTAIN)
+        _mismatch(table, by=_signature, confidence=CERTAIN)
         or _waits(table, stopped=stopped)
-        or _mismatch(table, differs=_differs_in_shape, confidence=PERHAPS)
+        or _mismatch(table, by=_with_shape, confidence=PERHAPS)
     )
 
 
@@ -85,6 +86,22 @@ class _Table:
         """Members that have not made a call yet, as far as their logs are known."""
         return [rank for rank in key[1] if rank in self.calls and self.entered.get((key, rank), 0) < number]
 
+    def awaited(self, rank: int, call: Call, key: Key) -> list[int]:
+        """Who has not made their part of a call: members of a collective, the peer of a message."""
+        if call.collective:
+            return self.missing(key, call.number)
+        there, back = ("send", "to") if call.kind == "recv" else ("recv", "from")
+        peer = key[1][int(call.detail.split()[1])]
+        if peer not in self.calls:
+            return []
+        part = (key[0], there, f"{back} {key[1].index(rank)}")
+        done = [one.number for one in self.calls[peer].calls if (one.group, one.kind, one.detail) == part]
+        return [peer] if max(done, default=0) < call.number else []
+
+    def history(self, key: Key, rank: int, number: int) -> list[Call]:
+        """The calls of a rank in a group before this one, as far as its log goes."""
+        return [ranks[rank] for one, ranks in sorted(self.made[key].items()) if one < number and rank in ranks]
+
     def key(self, rank: int, call: Call) -> Key:
         return call.group, self.calls[rank].groups[call.group].members
 
@@ -92,39 +109,31 @@ class _Table:
 # Calls that differ.
 
 
-def _mismatch(table: _Table, *, differs: Differs, confidence: float) -> Finding | None:
+def _mismatch(table: _Table, *, by: By, confidence: float) -> Finding | None:
     """The first call, by its number in its group and then by time, that not all members make alike."""
     firsts = []
     for key, numbers in table.made.items():
         for number in sorted(numbers):
             ranks = numbers[number]
-            if len(ranks) > 1 and differs(ranks):
+            if len({by(call) for call in ranks.values()}) > 1:
                 firsts.append((min(call.entered for call in ranks.values()), key, number))
                 break
     if not firsts:
         return None
     _, key, number = min(firsts)
-    return _odd_ones(table, key, table.made[key][number], confidence=confidence)
-
-
-def _differs(ranks: Mapping[int, Call]) -> bool:
-    """Whether data cannot pass as meant: another type, reduction, root, dtype or size."""
-    return len({_signature(call) for call in ranks.values()}) > 1
-
-
-def _differs_in_shape(ranks: Mapping[int, Call]) -> bool:
-    return len({(_signature(call), _shapes(call)) for call in ranks.values()}) > 1
+    return _odd_ones(table, key, number, by=by, confidence=confidence)
 
 
 def _signature(call: Call) -> tuple[str, str, str, str]:
-    """What must be equal on all members. The parts of an exchange may have any size."""
+    """Type, root, dtype and size: what must be equal on all members for data to pass. The parts of an exchange may differ."""
     if call.kind == "all_to_all" and call.detail:
         return call.kind, "uneven", call.dtypes, ""
     return call.kind, call.detail, call.dtypes, _elements(call.shapes)
 
 
-def _shapes(call: Call) -> str:
-    return "" if call.kind == "all_to_all" else call.shapes
+def _with_shape(call: Call) -> tuple[str, ...]:
+    """The same and the shape: of equal size data does pass."""
+    return *_signature(call), "" if call.kind == "all_to_all" else call.shapes
 
 
 def _elements(shapes: str) -> str:
@@ -140,37 +149,36 @@ def _elements(shapes: str) -> str:
     return ",".join(found)
 
 
-def _odd_ones(table: _Table, key: Key, ranks: Mapping[int, Call], *, confidence: float) -> Finding:
-    """Those whose call is not what most call; all, where no call is more usual than another."""
-    kinds: dict[object, list[int]] = {}
+def _odd_ones(table: _Table, key: Key, number: int, *, by: By, confidence: float) -> Finding:
+    """Those whose call is not what most call, or, of as many, not what they called here before; else all."""
+    ranks = table.made[key][number]
+    kinds: dict[tuple[str, ...], list[int]] = {}
     for rank, call in sorted(ranks.items()):
-        kinds.setdefault((_signature(call), _shapes(call)) if confidence == PERHAPS else _signature(call), []).append(
-            rank
-        )
-    sides = sorted(kinds.values(), key=lambda side: (-len(side), side))
-    decided = len(sides[0]) > len(sides[1])
-    odd = [rank for side in sides[1:] for rank in side] if decided else [rank for side in sides for rank in side]
-    left_out = _left_out(table, key, usual=(sides[0][0], ranks[sides[0][0]]), odd=ranks[sides[1][0]])
-    if left_out is None and not decided:
-        # Either side may be the one that left something out.
-        left_out = _left_out(table, key, usual=(sides[1][0], ranks[sides[1][0]]), odd=ranks[sides[0][0]])
-        if left_out is not None:
-            sides = [sides[1], sides[0], *sides[2:]]
-    if left_out is not None:
-        odd = sides[1]
-    made = tuple(Made(side[0], ranks[side[0]], table.groups[key].name) for side in sides)
+        kinds.setdefault(by(call), []).append(rank)
+    histories = {rank: table.history(key, rank, number) for rank in ranks}
+    weights = {side[0]: (len(side), _as_before(histories[side[0]], ranks[side[0]])) for side in kinds.values()}
+    usual, *others = sorted(kinds.values(), key=lambda side: weights[side[0]], reverse=True)
+    decided = weights[usual[0]] > weights[others[0][0]]
+    odd = tuple(sorted(rank for side in others for rank in side)) if decided else tuple(sorted(ranks))
+    made = tuple(Made(side[0], ranks[side[0]], table.groups[key].name) for side in (usual, *others))
+    left_out = None
+    if decided and len(others) == 1 and _followed(histories[usual[0]], ranks[usual[0]], ranks[odd[0]]):
+        left_out = ranks[usual[0]]
     victims = tuple(rank for rank in key[1] if rank not in odd)
-    return Finding("mismatch", tuple(sorted(odd)), victims, made, confidence, left_out=left_out)
+    return Finding("mismatch", odd, victims, made, confidence, left_out=left_out)
 
 
-def _left_out(table: _Table, key: Key, *, usual: tuple[int, Call], odd: Call) -> Call | None:
-    """The usual call, where it was followed by the odd one before: whoever makes the odd one now did not make it."""
-    rank, call = usual
-    history = [numbers[rank] for _, numbers in sorted(table.made[key].items()) if rank in numbers]
-    for before, after in pairwise(history):
-        if after.number < call.number and _alike(before, call) and _alike(after, odd):
-            return call
-    return None
+def _as_before(history: Sequence[Call], call: Call) -> int:
+    """Whether a rank made this call after its last one before: 1 yes, -1 always others, 0 there was no before."""
+    if not history:
+        return 0
+    after = [after for before, after in pairwise(history) if _alike(before, history[-1])]
+    return (1 if any(_alike(one, call) for one in after) else -1) if after else 0
+
+
+def _followed(history: Sequence[Call], call: Call, odd: Call) -> bool:
+    """Whether the odd call came after this one before: then who makes it now has left this one out."""
+    return any(_alike(before, call) and _alike(after, odd) for before, after in pairwise(history))
 
 
 def _alike(one: Call, other: Call) -> bool:
@@ -206,22 +214,20 @@ def _waits(table: _Table, *, stopped: Collection[int]) -> Finding | None:
 
 
 def _all_waits(table: _Table) -> Iterable[_Wait]:
-    """The calls in which ranks wait for members that have not made them.
+    """The calls in which ranks wait for others that have not made theirs.
 
     On an accelerator the calls are queued, and the one who queues them waits elsewhere: then the first one counts that
     somebody has not made.
     """
     for rank, log in table.calls.items():
-        inside = log.inside()
-        blocked = [call for call in inside if call.collective and call.group in log.groups]
-        queued = [call for call in log.calls if call.collective and call.group in log.groups] if not inside else []
-        for call in blocked or queued:
-            key = table.key(rank, call)
-            missing = table.missing(key, call.number)
-            if missing:
-                yield _Wait(rank, call, key, tuple(missing))
-                if not blocked:
-                    break
+        inside = [call for call in log.inside() if call.group in log.groups]
+        queued = [call for call in log.calls if call.collective and call.group in log.groups]
+        waits = [
+            _Wait(rank, call, key, tuple(missing))
+            for call in inside or queued
+            if (missing := table.awaited(rank, call, key := table.key(rank, call)))
+        ]
+        yield from waits if inside else waits[:1]
 
 
 def _in_collective(call: Call | None) -> bool:
@@ -298,13 +304,8 @@ def _circle(table: _Table, by_rank: Mapping[int, _Wait], inside: Mapping[int, Ca
 
 
 def _strays(log: Calls, call: Call) -> bool:
-    """Whether a rank made a call after one that was followed by other calls whenever it was made before."""
-    calls = [one for one in log.calls if one.collective]
-    at = next(index for index, one in enumerate(calls) if one.order == call.order)
-    if at == 0:
-        return False
-    followed = [after for before, after in pairwise(calls[:at]) if _alike(before, calls[at - 1])]
-    return bool(followed) and not any(_alike(after, call) for after in followed)
+    """Whether a rank made a call after one that was always followed by others before."""
+    return _as_before([one for one in log.calls if one.order < call.order], call) < 0
 
 
 # In words.

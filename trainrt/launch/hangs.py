@@ -231,7 +231,7 @@ class Watch:
             return None
         matched = _match(found, suspicion.calls, active)
         ranks = matched.culprits if matched is not None else found.culprits or tuple(active)
-        if matched is not None and set(ranks) != set(found.culprits):
+        if matched is not None and set(ranks) != set(found.culprits or active):
             found = replace(found, culprits=ranks, cause="matched")
         seconds = max(now - active[rank].alive for rank in ranks)
         message = _message(found, ranks, self._seats, seconds=seconds, completed=completed)

@@ -90,9 +90,8 @@ class Calls:
     calls: Sequence[Call]
 
     def inside(self) -> list[Call]:
-        """The calls that the rank is inside of, and the last one, where that failed: somebody may have gone on after another."""
-        last = list(self.calls[-1:])
-        return [call for call in self.calls if call.state in INSIDE or (call.state == "failed" and [call] == last)]
+        """The calls that the rank is inside of. After one that failed it may have gone on."""
+        return [call for call in self.calls if call.state in INSIDE]
 
     def to_json(self) -> dict[str, Any]:
         groups = [[one.key, one.name, spans(one.members), one.entered] for one in self.groups.values()]
