@@ -160,8 +160,8 @@ class EvaluationConfig(Section):
 class DiagnosticsConfig(Section):
     """`evict`: a verdict that says so is carried out, or the command that does it is printed. `hang_seconds`: ranks that make no
     progress for so long, or for three slow steps where that is longer, are looked at and ended; 0: never (for a debugger).
-    `corruption_check_every` in steps: replicas over dp are compared; 0: never. `selfcheck`: nodes are looked at before a start and
-    after an incident, and those that fail get no ranks.
+    `corruption_check_every` in steps: replicas over dp are compared; 0: never. `selfcheck`: nodes are looked at before a start
+    and after an incident, and those that fail get no ranks.
     """
 
     evict: Literal["advise", "automatic"] = "advise"

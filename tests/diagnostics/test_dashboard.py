@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.diagnostics.run_directories import SLOW_RANK, WrittenRun
 from tests.diagnostics.summary_files import append_records, records_of
@@ -24,8 +25,9 @@ from tests.reference import validate
 from trainrt.diagnostics.packed import unpacked
 from trainrt.diagnostics.reader import RunReader
 from trainrt.diagnostics.views import FRESH_SECONDS, Views
-from trainrt.events import EventRing, EventWriter
+from trainrt.events import EventRing
 from trainrt.run_dir import RunDir
+from trainrt.training.recorder import Recorder
 
 
 @contextmanager
@@ -220,11 +222,11 @@ def test_written_events_are_what_the_reference_says_and_are_read(tmp_path: Path)
     directory = RunDir(tmp_path)
     directory.create()
     source = EventRing()
-    writer = EventWriter(directory.events_of(0), rank=0, node="n0", incarnation=1, source=source)
+    recorder = Recorder(directory, rank=0, node="n0", incarnation=1, device=torch.device("cpu"), source=source)
     for step in (1, 2):
         with source.span("step", kind="step"), source.span("forward", kind="forward"):
             pass
-        writer.step(step)
+        recorder.step(step, epoch=0.0)
     for text in directory.events_of(0).read_text().splitlines():
         validate("events", json.loads(text))
     reader = RunReader(directory)
