@@ -136,6 +136,18 @@ def test_variation_that_forward_and_backward_do_not_share_is_no_matter_of_sequen
     assert any("no single cause" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_among_many_workers_that_vary_the_slowest_by_chance_is_not_blamed(seed: int) -> None:
+    found = diagnose(Job(dp=64, pp=1, microbatches=2, steps=3, noise=0.3, seed=seed).trace())
+    assert found.state == "straggling" and not found.verdicts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_replica_that_gets_long_sequences_by_chance_is_no_slow_device(seed: int) -> None:
+    found = diagnose(Job(dp=8, pp=1, microbatches=2, steps=6, noise=0.02, seed=seed, seconds=lengths).trace())
+    assert [verdict.cause for verdict in found.verdicts] == ["sequence_imbalance"]
+
+
 def test_a_slow_worker_among_unequal_sequences_is_told_from_them() -> None:
     def seconds(job: Job, name: str, stage: int, chunk: int, microbatch: int, usual: Seconds) -> Seconds:
         usual = lengths(job, name, stage, chunk, microbatch, usual).copy()

@@ -112,7 +112,9 @@ def _correlation(replay: Replay, chunks: dict[tuple[int, int], NDArray[np.int64]
         for some, into in ((operations, forwards), (other, backwards)):
             spent = replay.traced[some]
             mean = spent.mean(axis=axis, keepdims=True)
-            into.append(((spent - mean) / np.maximum(spent.mean(), 1e-12)).reshape(-1))
+            # About a mean of n of its own, n values deviate by n - 1 parts of n.
+            unbiased = np.sqrt(spent.shape[axis] / max(spent.shape[axis] - 1, 1))
+            into.append(((spent - mean) * unbiased / np.maximum(spent.mean(), 1e-12)).reshape(-1))
     if not forwards:
         return None, 0.0
     forward, backward = np.concatenate(forwards), np.concatenate(backwards)
@@ -162,12 +164,21 @@ def slow_devices(replay: Replay, compute: Compute) -> tuple[NDArray[np.bool_], N
     """
     lanes = replay.lanes
     ratio, in_step = _ratio(compute.of_worker), _ratio(compute.load)
-    replica = _of_replica(ratio) if compute.uneven else np.ones((1, 1))
-    ratio, in_step = ratio / replica, in_step / (_of_replica(in_step) if compute.uneven else 1)
+    shared = compute.uneven and lanes.stages > 1
+    replica = _of_replica(ratio) if shared else np.ones((1, 1))
+    ratio, in_step = ratio / replica, in_step / (_of_replica(in_step) if shared else 1)
     lasting = (in_step > (1 + SLOW_WORKER) / 2).mean(axis=1)
-    spread = 5 * 1.4826 * np.median(np.abs(ratio - 1), axis=1, keepdims=True) if lanes.replicas > 3 else 0
+    # Four standard errors of a worker's mean: of many that vary, some are slow by chance.
+    chance = (
+        4 * compute.deviation / np.sqrt(sum(map(len, compute.chunks.values())) / 2 / lanes.stages * len(lanes.steps))
+    )
     shortest = _ratio(_shortest(replay, compute)) / replica
-    slow = (ratio >= SLOW_WORKER) & (shortest >= SLOW_WORKER) & (ratio - 1 > spread) & (lasting >= LASTING)
+    slow = (
+        (ratio >= SLOW_WORKER)
+        & (shortest >= SLOW_WORKER)
+        & (ratio - 1 > (0 if shared else chance))
+        & (lasting >= LASTING)
+    )
     return slow, ratio, lasting
 
 
@@ -222,15 +233,14 @@ def uneven_sequences(replay: Replay, compute: Compute) -> Suspicion | None:
         return None
     lanes = replay.lanes
     scale = np.ones(replay.traced.shape)
-    ratio = _ratio(compute.of_worker)
     slow = slow_devices(replay, compute)[0]
-    # Without a pipeline all that is not a slow device is data.
-    of_data = (
-        np.where(slow, np.mean(ratio[~slow]) if not slow.all() else 1.0, ratio)
-        if lanes.stages == 1
-        else _of_replica(ratio)
-    )
-    share = of_data / of_data.mean()
+    share = compute.of_worker / np.median(compute.of_worker, axis=1, keepdims=True)
+    if lanes.stages > 1:
+        share = _of_replica(share)
+    elif not slow.all():
+        # Without a pipeline all that is not a slow device is data.
+        share = np.where(slow, share[~slow].mean(), share)
+    share /= share.mean()
     for operations in compute.chunks.values():
         spent = replay.traced[operations]
         scale[operations] = spent.mean(axis=(0, 1)) / share[0] / np.maximum(spent, 1e-12)
