@@ -35,6 +35,8 @@ RENEW_SECONDS = 1.0
 EXIT_SECONDS = 5.0
 """How long a worker that was told to exit may take before it is killed."""
 LAST_WORDS_SECONDS = 0.1
+STORE_BYTES = 1 << 20
+"""With less shared memory a store cannot even say why it does not start."""
 LINE_BYTES = 1 << 24
 
 Event = dict[str, Any]
@@ -102,19 +104,24 @@ class Agent:
         self._last_poll = time.monotonic()
         await self.end_workers(at_once=True)
         self._events.clear()
+        sequence = self._sequence
         if not self._tasks:
             self._spawn(self._watch())
             self._spawn(self._renew())
         if self._zygote is None:
             self._zygote = ZygoteHandle(self._orders, on_message=self._on_zygote, on_end=self._on_zygote_end)
         if self._store is None:
-            await self._start_store()
+            try:
+                await self._start_store()
+            except StoreError as error:
+                # Whether a node without one gets ranks is the driver's to say.
+                self._tell({"type": "store_failed", "message": str(error)})
         return {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "proof": read_text(self._run_dir / ".cluster" / "proof"),
             "python": sys.version.split()[0],
-            "sequence": self._sequence,
+            "sequence": sequence,
             "store": self._store_record(),
             "memory_bytes": memory_bytes(self._orders.run_id),
         }
@@ -321,8 +328,11 @@ class Agent:
 
     async def _start_store(self) -> None:
         from trainrt.checkpoint.store import admin
+        from trainrt.checkpoint.store.slots import memory_bytes
 
         orders = self._orders
+        if memory_bytes(orders.run_id) < STORE_BYTES:
+            raise StoreError(f"{orders.node}: /dev/shm is full")
         address = await asyncio.to_thread(
             admin.spawn, orders.run_id, orders.node,
             grace_seconds=orders.grace_seconds, token=orders.secret, host=orders.host,
