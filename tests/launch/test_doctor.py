@@ -231,7 +231,7 @@ class Answers(Fleet):
         return list(self._given)
 
     def ask(self, node: str, method: str, *given: Any) -> Any:
-        self.asked.append((node, *given))
+        self.asked.append((node, given[0]))
         answers = self._given[node]
         return answers.pop(0) if len(answers) > 1 else answers[0]
 
@@ -258,6 +258,12 @@ def test_a_node_that_is_slow_twice_is_unfit_and_one_that_was_slow_once_is_not() 
     assert list(vet(Answers(n0=[GOOD], n1=[SLOW], n2=[GOOD])).unfit) == ["n1"]
     assert vet(Answers(n0=[GOOD], n1=[SLOW, GOOD], n2=[GOOD])).unfit == {}
     assert vet(Answers(n0=[GOOD], n1=[SLOW, None], n2=[GOOD])).unfit == {}, "the second answer was late"
+
+
+def test_a_slow_gpu_needs_no_second_look() -> None:
+    good = {f"device_compute:{index}": 6e5 for index in range(4)}
+    fleet = Answers(n0=[good], n1=[{**good, "device_compute:2": 1e5}], n2=[good])
+    assert list(vet(fleet).unfit) == ["n1"] and len(fleet.asked) == 3
 
 
 def test_a_node_that_does_not_answer_or_answers_nothing_is_seated() -> None:

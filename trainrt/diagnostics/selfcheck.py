@@ -209,11 +209,10 @@ def devices(*, seconds: float = 0.1) -> dict[str, float]:
     return found
 
 
-def measure(only: Sequence[str], folder: Path, *, device: str = "cpu", held: int = 0) -> dict[str, float]:
+def measure(only: Sequence[str], folder: Path, *, device: str = "cpu") -> dict[str, float]:
     """The checks of these names (of FULL), by name; 0 where a file system takes nothing.
 
-    folder: on the disk that is checked. device: with `cuda` the GPUs too. held: bytes of /dev/shm that the run's own store
-    has already: they count as free. What cannot be measured is left out.
+    folder: on the disk that is checked. device: with `cuda` the GPUs too. What cannot be measured is left out.
     """
     found: dict[str, float] = {}
     if "compute" in only:
@@ -222,7 +221,7 @@ def measure(only: Sequence[str], folder: Path, *, device: str = "cpu", held: int
         found["memory"] = memory_gb_per_second()
     if "shared_memory" in only:
         free = shared_memory_free()
-        found["shared_memory_free"] = float(free + held)
+        found["shared_memory_free"] = float(free)
         size = min(16 * MIB, free // 2)
         if size >= MIB:
             # What is free now may be taken a moment later; that is no fault of the memory.
@@ -244,23 +243,20 @@ def measure(only: Sequence[str], folder: Path, *, device: str = "cpu", held: int
 # As a process.
 
 
-def command(only: Sequence[str], folder: str | Path, *, device: str = "cpu", held: int = 0) -> list[str]:
-    """The command that measures, for a process of its own; `environment` is what it needs."""
-    words = [sys.executable, "-m", __name__, "--only", ",".join(only), "--folder", str(folder)]
-    return [*words, "--device", device, "--held", str(held)]
-
-
 def environment() -> dict[str, str]:
     """This process's environment and import path; one thread for products, as a rank has."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **ONE_THREAD}
 
 
-def run(only: Sequence[str], folder: str | Path, *, device: str = "cpu", held: int = 0) -> dict[str, float]:
-    """Measure in a process of its own. Empty where it failed or took longer than LONGEST_SECONDS."""
+def run(
+    only: Sequence[str], folder: str | Path, *, device: str = "cpu", seconds: float = LONGEST_SECONDS
+) -> dict[str, float]:
+    """Measure in a process of its own. Empty where that failed or took longer than so many seconds."""
+    words = [sys.executable, "-m", __name__, "--only", ",".join(only), "--folder", str(folder), "--device", device]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         done = subprocess.run(
-            command(only, folder, device=device, held=held), env=environment(), timeout=LONGEST_SECONDS,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True,
+            words, env=environment(), timeout=seconds, check=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         return parsed(done.stdout)
     return {}
@@ -279,12 +275,11 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(FULL))
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--held", type=int, default=0)
     options = parser.parse_args()
     os.environ.update(ONE_THREAD)
     # A measurement that hangs must not outlive whoever asked for it.
     signal.alarm(LONGEST_SECONDS)
-    found = measure(options.only.split(","), Path(options.folder), device=options.device, held=options.held)
+    found = measure(options.only.split(","), Path(options.folder), device=options.device)
     print(json.dumps(found))
 
 

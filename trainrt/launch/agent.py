@@ -194,13 +194,16 @@ class Agent:
         logs = {rank: calls.read(fd) for rank, fd in self._calls.items()}
         return {rank: log.to_json() for rank, log in logs.items() if log is not None}
 
-    async def selfcheck(self, device: str) -> dict[str, float]:
-        """What this node can do, in the short form (`diagnostics/selfcheck.py`); empty where that cannot be measured."""
+    async def selfcheck(self, device: str, seconds: float) -> dict[str, float]:
+        """What this node can do, in the short form (`diagnostics/selfcheck.py`), or what of it is known after so long."""
         from trainrt.checkpoint.store.slots import memory_bytes
         from trainrt.diagnostics import selfcheck
 
-        held = memory_bytes(self._orders.run_id) - selfcheck.shared_memory_free()
-        return await asyncio.to_thread(selfcheck.run, selfcheck.SHORT, self._run_dir, device=device, held=max(0, held))
+        measured = await asyncio.to_thread(
+            selfcheck.run, selfcheck.SHORT, self._run_dir, device=device, seconds=seconds
+        )
+        # What the store has already counts as free.
+        return {**measured, "shared_memory_free": float(memory_bytes(self._orders.run_id))}
 
     async def kill_store(self) -> None:
         """SIGKILL the store; another one is started as after any death of it."""

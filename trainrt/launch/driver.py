@@ -219,6 +219,7 @@ class Driver:
     def _without_unfit(self, names: list[str]) -> list[str]:
         """The nodes that pass their self-checks; the others are lost before they had a rank."""
         unfit = self._unfit(names)
+        self._phase("selfcheck")
         spare = len(names) - self.config.cluster.nodes
         for node, why in unfit.items():
             self.ground.lose(node)

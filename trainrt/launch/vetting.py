@@ -14,12 +14,17 @@ from typing import Any
 
 from trainrt.config import JobConfig
 from trainrt.diagnostics.outliers import Judged, judge
+from trainrt.diagnostics.selfcheck import LONGEST_SECONDS
 from trainrt.errors import PlanError
 from trainrt.launch.fleet import Fleet
 from trainrt.launch.recovery import largest_world
 
 WAIT_SECONDS = 1.0
 """What a start or a recovery waits at most for answers, the second measurement of an outlier included."""
+BESIDE_SECONDS = 3.0
+"""How long a node without GPUs may measure while cluster and plan come up."""
+CALL_SECONDS = 0.1
+"""What of that the way to the agents may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class Vetting:
     def begin(self, nodes: Iterable[str]) -> None:
         """Before a start: have nodes measured, one of each host; does not wait. GPUs are each node's own, so then all are."""
         if self._config.diagnostics.selfcheck:
-            self._ask_all(nodes, self._device)
+            self._ask_all(nodes, self._device, seconds=LONGEST_SECONDS if self._device == "cuda" else BESIDE_SECONDS)
 
     def begin_again(self, nodes: Iterable[str]) -> None:
         """After an incident: the same for the nodes that stay, without their GPUs, which take too long and are in use.
@@ -48,15 +53,16 @@ class Vetting:
         Nodes of one host are not measured: none of them could be left out for another one, and they need their cores now.
         """
         nodes = list(nodes)
+        self._asked.clear()
         if self._config.diagnostics.selfcheck and len({self._host(node) for node in nodes}) > 1:
-            self._ask_all(nodes, "cpu")
+            self._ask_all(nodes, "cpu", seconds=WAIT_SECONDS - CALL_SECONDS)
 
-    def _ask_all(self, nodes: Iterable[str], device: str) -> None:
+    def _ask_all(self, nodes: Iterable[str], device: str, *, seconds: float) -> None:
         hosts = {self._host(node) for node in self._asked}
         for node in nodes:
             if device == "cuda" or self._host(node) not in hosts:
                 hosts.add(self._host(node))
-                self._ask(node, device)
+                self._ask(node, device, seconds=seconds)
 
     def result(self, nodes: Collection[str]) -> Vetted:
         """Judge the answers about nodes that are to be seated; waits for them, `WAIT_SECONDS` at most.
@@ -67,9 +73,12 @@ class Vetting:
         deadline = time.monotonic() + WAIT_SECONDS
         answers = self._answers(deadline)
         failed = self._failed(answers)
-        doubtful = [node for node, checks in failed.items() if all(check.by_peers for check in checks)]
+        # A GPU that is slow is so at every repetition, and there is no time for another look at one.
+        doubtful = [
+            node for node, checks in failed.items() if all(check.by_peers and ":" not in check.name for check in checks)
+        ]
         for node in doubtful:
-            self._ask(node, self._device)
+            self._ask(node, "cpu", seconds=deadline - time.monotonic() - CALL_SECONDS)
         second = self._answers(deadline) if doubtful else {}
         still = self._failed({**answers, **second})
         unfit = {
@@ -79,9 +88,9 @@ class Vetting:
         }
         return self._decide(unfit, asked=len(answers), nodes=nodes)
 
-    def _ask(self, node: str, device: str) -> None:
+    def _ask(self, node: str, device: str, *, seconds: float) -> None:
         with suppress(Exception):
-            self._asked[node] = self._fleet.ask(node, "selfcheck", device)
+            self._asked[node] = self._fleet.ask(node, "selfcheck", device, max(0.0, seconds))
 
     def _answers(self, deadline: float) -> dict[str, dict[str, float | None]]:
         """What has come by then, by node. Where only one host is checked nothing hangs on it, and it is not waited for."""
