@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.diagnostics.run_directories import SLOW_RANK, WrittenRun
@@ -84,6 +84,19 @@ def rounded_trees(draw: st.DrawFn) -> list[dict[str, Any]]:
     return events
 
 
+MOVED = [
+    (3, 2.39e-05, 0.0038824),
+    (4, 0.0039062, 0.2460938),
+    (3, 0.0039062, 0.2460938),
+    (2, 0.0, 0.25),
+    (1, 0.0, 0.25),
+    (0, 0.0, 0.25),
+]
+"""The second of depth 3 is moved behind the first, and its child with it."""
+
+
+@settings(max_examples=500)
+@example([{"depth": depth, "start": start, "seconds": seconds} for depth, start, seconds in MOVED], 0.0)
 @given(rounded_trees(), st.floats(0, 2))
 def test_rounded_events_nest_strictly(events: list[dict[str, Any]], offset: float) -> None:
     slices = nest(events, offset=offset)

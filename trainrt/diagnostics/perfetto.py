@@ -60,7 +60,8 @@ def nest(events: Sequence[Mapping[str, Any]], *, offset: float = 0.0) -> list[Sl
         if siblings:
             begin = max(begin, siblings[-1].end)
         if path:
-            begin, end = min(begin, path[-1].end), min(end, path[-1].end)
+            # A parent that was moved behind its elder sibling may begin after its child.
+            begin, end = (min(max(at, path[-1].begin), path[-1].end) for at in (begin, end))
         made = Slice(index, begin, max(begin, end), event["depth"])
         siblings.append(made)
         path.append(made)
