@@ -22,14 +22,14 @@ from typing import Any
 
 HEADER = struct.Struct("<8sQQ")
 ROW = struct.Struct("<QI")
-SLOT = struct.Struct("<QQdIBH")
+SLOT = struct.Struct("<QQdIB219sQ")
+"""Order, number, time, row, state, text, and the order again: a reader leaves out a slot that is just being written."""
 NUMBER = struct.Struct("<Q")
 MAGIC = b"calls-1\n"
 HEADER_BYTES, ROW_BYTES, SLOT_BYTES = 64, 512, 256
 ROWS, SLOTS = 128, 512
 BYTES = HEADER_BYTES + ROWS * ROW_BYTES + SLOTS * SLOT_BYTES
 STATE_AT = 28
-TEXT_BYTES = SLOT_BYTES - SLOT.size
 STATES = ("entered", "issued", "waiting", "left", "failed")
 ENTERED, ISSUED, WAITING, LEFT, FAILED = range(len(STATES))
 INSIDE = ("entered", "waiting")
@@ -143,14 +143,11 @@ class Log:
 
     def enter(self, row: int, number: int, text: bytes, *, collective: bool) -> int:
         """A call begins. text: kind, detail, shapes, dtypes and site. Returns where its state is kept, for `mark`."""
-        order, size = next(self._orders), min(len(text), TEXT_BYTES)
-        memory, at = self._memory, FIRST_SLOT + order % SLOTS * SLOT_BYTES
-        # A reader leaves out a slot whose order does not belong where it is: one that is being written.
-        NUMBER.pack_into(memory, at, 0)
-        memory[at + SLOT.size : at + SLOT.size + size] = text[:size]
-        SLOT.pack_into(memory, at, order, number, time.time(), row, ENTERED, size)
+        order = next(self._orders)
+        at = FIRST_SLOT + order % SLOTS * SLOT_BYTES
+        SLOT.pack_into(self._memory, at, order, number, time.time(), row, ENTERED, text, order)
         if collective:
-            NUMBER.pack_into(memory, HEADER_BYTES + row * ROW_BYTES, number)
+            NUMBER.pack_into(self._memory, HEADER_BYTES + row * ROW_BYTES, number)
         return at + STATE_AT
 
     def mark(self, place: int, state: int) -> None:
@@ -188,10 +185,10 @@ def _rows(data: bytes) -> Iterator[Membership]:
 def _slots(data: bytes, keys: Sequence[str]) -> Iterator[Call]:
     for slot in range(SLOTS):
         at = FIRST_SLOT + slot * SLOT_BYTES
-        order, number, entered, row, state, size = SLOT.unpack_from(data, at)
-        if not order or order % SLOTS != slot or row >= len(keys):
+        order, number, entered, row, state, packed, again = SLOT.unpack_from(data, at)
+        if not order or order != again or row >= len(keys):
             continue
-        text = data[at + SLOT.size : at + SLOT.size + size].decode(errors="replace")
+        text = packed.rstrip(b"\0").decode(errors="replace")
         kind, detail, shapes, dtypes, site = (text.split("|", 4) + [""] * 4)[:5]
         yield Call(keys[row], number, kind, detail, shapes, dtypes, STATES[state], entered, site, order)
 
