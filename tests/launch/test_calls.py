@@ -1,6 +1,7 @@
 """Collective calls that do not match are named with both call sites, whether they hang, crash or only lose connections.
 
-One run of three ranks, whose loss function makes calls of its own and gets one wrong where it finds an order in a folder.
+One run of four ranks, whose loss function makes calls of its own and gets one wrong where it finds an order in a folder.
+The long form has them on two nodes, whose agents each know a half.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def counted(rank):
     total = torch.ones(64)
     if not ordered("skip"):
         dist.all_reduce(total)  # skipped
-    parts = [torch.empty(16) for _ in range(3)]
+    parts = [torch.empty(16) for _ in range(4)]
     dist.all_gather(parts, torch.ones(16))  # after it
 
 
@@ -60,9 +61,9 @@ def shared():
 
 
 def crossed():
-    one, two = dist.new_group([0, 1], group_desc="one"), dist.new_group([0, 1], group_desc="two")
+    one, two = dist.new_group([1, 2], group_desc="one"), dist.new_group([1, 2], group_desc="two")
     first, second = (two, one) if dist.get_rank() == 1 else (one, two)
-    if dist.get_rank() < 2:
+    if dist.get_rank() in (1, 2):
         dist.all_reduce(torch.ones(4), group=first)  # first
         dist.all_reduce(torch.ones(4), group=second)
 
@@ -105,14 +106,14 @@ class Calling(Run):
         return document["verdicts"][0]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calling]:
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.campaign)])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calling]:
     folder = tmp_path_factory.mktemp("calls")
     (folder / "orders").mkdir()
     (folder / "calling.py").write_text(MODULE.format(orders=str(folder / "orders")))
     job = write_job(
         folder / "job.toml", run={"steps": 100000, "pipeline": "calling:pipeline"},
-        cluster={"workers_per_node": 3, "nodes": 1}, diagnostics={"dashboard": False, "hang_seconds": LIMIT_SECONDS},
+        cluster={"workers_per_node": 4 // request.param, "nodes": request.param}, diagnostics={"dashboard": False, "hang_seconds": LIMIT_SECONDS},
     )  # fmt: skip
     run = Calling(folder / "run", job)
     run.launch()
@@ -138,7 +139,7 @@ def test_a_rank_that_skips_a_call_is_named_with_the_call_it_left_out(run: Callin
     assert f"rank 1 calls all_gather(float32 16) at counted {run.place('after it')}" in incident["message"]
     verdict = run.verdict()
     assert (verdict["cause"], verdict["action"]) == ("mismatched_collective", "none")
-    assert [one["rank"] for one in verdict["culprits"]] == [1] and verdict["victims"] == [0, 2]
+    assert [one["rank"] for one in verdict["culprits"]] == [1] and verdict["victims"] == [0, 2, 3]
 
 
 def test_a_rank_that_makes_another_call_is_named_with_both_sites(run: Calling) -> None:
@@ -160,7 +161,7 @@ def test_another_shape_ends_a_process_of_gloo_and_is_named_all_the_same(run: Cal
 
 def test_two_groups_in_opposite_order_are_traced_to_the_first_wait(run: Calling) -> None:
     incident = run.order("cross")
-    check(incident, "worker_hang", 0, 1)
+    check(incident, "worker_hang", 1, 2)
     message = incident["message"].partition("deadlock, the first wait first: ")[2]
     assert message.count(f"at crossed {run.place('first')}") == 2, incident["message"]
     assert "group one" in message and "group two" in message
