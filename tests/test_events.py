@@ -168,6 +168,28 @@ def test_garbage_collection_is_recorded_with_its_generation() -> None:
     assert 0 < record["garbage_collection"] <= record["seconds"]
 
 
+def compiled(rank: int) -> list[Any]:
+    import torch
+    import torch._dynamo
+
+    from trainrt.training.compiling import record_compilation
+
+    record_compilation()
+    record_compilation()
+    ring.clear()
+    double = torch.compile(lambda x: x * 2, backend="eager")
+    for _ in range(2):
+        with ring.span("step", kind="step"), ring.span("forward", kind="forward"):
+            double(torch.ones(3))
+    return [tuple(event) for event in ring.drain()]
+
+
+def test_a_compilation_is_recorded() -> None:
+    events = [Event(*event) for event in run_ranks(1, compiled)[0]]
+    kinds = [(event.kind, event.depth) for event in events if event.kind != "garbage_collection"]
+    assert kinds == [("compile", 2), ("forward", 1), ("step", 0), ("forward", 1), ("step", 0)]
+
+
 def test_time_belongs_to_the_innermost_event_though_some_were_overwritten() -> None:
     source = EventRing(capacity=3)
     with source.span("step", kind="step"):

@@ -208,6 +208,9 @@ def test_replicated_state_is_coded_without_network_unless_it_has_drifted(
     assert step(2) == 0
     cluster.drifted = {3}
     assert 0 < step(3) <= len(clients) * BUCKET_BYTES
+    measured = [link for name in cluster.at for link in cluster.admin(name).renew().values()]
+    assert sum(bytes for _, bytes, _ in measured) == cluster.pulled()
+    assert all(seconds > 0 for _, bytes, seconds in measured if bytes)
     cluster.kill(*cluster.names[:m])
     (holding,) = [held for held in cluster.holdings() if held.step == 3]
     cluster.rebuild(holding)

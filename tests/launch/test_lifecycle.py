@@ -86,6 +86,8 @@ def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) 
     assert table is not None and list(table.steps) == list(range(1, 61)) and not np.isnan(table.seconds).any()
     for line in seats:
         validate("seats", line)
+    for line in read_lines(run_dir.links):
+        validate("links", line)
     said = {line["step"]: line["time"] for line in run_dir.read_metrics()}
     assert all(abs(start - said[step]) < 5 for step, start in zip(table.steps, table.start[:, 0], strict=True))
     validate("plan", json.loads(run_dir.plan.read_text()))

@@ -11,6 +11,7 @@ import numpy as np
 from tests.reference import validate
 from trainrt.diagnostics.reader import RunReader
 from trainrt.diagnostics.table import SUMMARY
+from trainrt.launch.links import LinkReports
 from trainrt.launch.telemetry import Telemetry
 from trainrt.run_dir import RunDir, read_lines
 
@@ -76,3 +77,21 @@ def test_summaries_wait_no_longer_than_half_a_second(tmp_path: Path) -> None:
     telemetry._flushed_at -= 0.5
     telemetry.summary(text(1, 1))
     assert run_dir.summaries.stat().st_size == 2 * SUMMARY.itemsize
+
+
+def test_links_are_told_for_every_ten_steps(tmp_path: Path) -> None:
+    run_dir, telemetry = made(tmp_path)
+    reports = LinkReports()
+    for step in range(1, 26):
+        for link in reports.since({"n1": [step, 1000 * step, 0.5 * step], "n2": [step, 0, 0.0]}):
+            telemetry.link("n0", link)
+    for link in reports.since({"n1": [26, 10, 1.0]}):
+        telemetry.link("n0", link)
+    lines = list(read_lines(run_dir.links))
+    for line in lines:
+        validate("links", line)
+    assert [(line["step"], line["bytes"], line["seconds"]) for line in lines] == [
+        (10, 10000, 5.0), (20, 10000, 5.0), (26, 10, 1.0),
+    ]  # fmt: skip
+    assert {(line["from"], line["to"]) for line in lines} == {("n1", "n0")}
+    assert not reports.since({"n1": [41, 10, 1.0]}), "nothing came since another store began anew"

@@ -25,6 +25,7 @@ from typing import Any
 
 from trainrt.errors import StoreError
 from trainrt.launch import stacks
+from trainrt.launch.links import LinkReports
 from trainrt.parallel import calls
 from trainrt.run_dir import RunDir
 
@@ -417,12 +418,14 @@ class Agent:
                 leave()
 
     async def _renew(self) -> None:
-        """Keep the store's lease for as long as there is a driver."""
+        """Keep the store's lease for as long as there is a driver, and pass on what it measured."""
+        reports = LinkReports()
         while not self._ending:
             await asyncio.sleep(RENEW_SECONDS)
             if self._store is not None and time.monotonic() - self._last_poll < DRIVER_SILENCE_SECONDS:
                 with suppress(StoreError, OSError):
-                    await asyncio.to_thread(self._store.renew)
+                    for link in reports.since(await asyncio.to_thread(self._store.renew)):
+                        self._tell({"type": "link", "link": link})
 
     def _sign_of_life(self) -> Path:
         return self._run_dir / ".cluster" / f"agent-{self._orders.node}"
@@ -449,8 +452,8 @@ class StoreHandle:
     def record(self) -> dict[str, str]:
         return {"socket": str(self._address.socket), "address": self._address.address}
 
-    def renew(self) -> None:
-        self._admin.renew()
+    def renew(self) -> dict[str, list[float]]:
+        return self._admin.renew()
 
     def shutdown(self) -> None:
         self._admin.shutdown()

@@ -371,6 +371,8 @@ class Driver:
             case "store_started":
                 self.ground.store_changed(event.node, what["store"])
                 self._running().configure_stores()
+            case "link":
+                self.telemetry.link(event.node, what["link"])
             case "store_failed":
                 self.terminal.line(f"the store of node {event.node} does not come back: {what['message']}")
         return state

@@ -1,4 +1,4 @@
-"""What ranks tell of their steps, in the run directory: `events/summaries.bin` and who sat where, `events/seats.jsonl`.
+"""What ranks tell of their steps, in the run directory: `events/summaries.bin`; who sat where, `events/seats.jsonl`; links.
 
 Summaries are records of 112 bytes one after the other (`trainrt.diagnostics.table.SUMMARY`), which the driver passes on as they
 come. They wait for at most `FLUSH_SECONDS`.
@@ -10,6 +10,7 @@ import os
 import time
 from base64 import b64decode
 from collections.abc import Mapping
+from typing import Any
 
 from trainrt.config import MeshSize
 from trainrt.parallel.mesh import coordinates
@@ -37,6 +38,10 @@ class Telemetry:
             "time": now(),
         }  # fmt: skip
         append_line(self._run_dir.seats, line)
+
+    def link(self, node: str, link: Mapping[str, Any]) -> None:
+        """What came to a node's store from another's: {"step", "from", "bytes", "seconds"}."""
+        append_line(self._run_dir.links, {**link, "to": node, "time": now()})
 
     def summary(self, text: str) -> None:
         """A rank's record of a step, in base64."""

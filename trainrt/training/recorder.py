@@ -13,6 +13,7 @@ from trainrt.diagnostics.recording.summary import summary
 from trainrt.diagnostics.recording.windows import EventWriter
 from trainrt.events import EventRing, record_garbage, ring
 from trainrt.run_dir import RunDir
+from trainrt.training.compiling import record_compilation
 from trainrt.training.device_clock import DeviceClock
 
 
@@ -30,6 +31,7 @@ class Recorder:
         source.clear()
         self._clock = DeviceClock(device, source) if device.type == "cuda" else None
         record_garbage()
+        record_compilation()
 
     def batch(self, batch: Mapping[str, Any]) -> None:
         """A batch that this rank computes: its sequences are work."""

@@ -43,6 +43,8 @@ class Peers:
         self._addresses, self._token, self._run_id = addresses, token, run_id
         self._open: dict[str, Connection] = {}
         self._buffers: dict[int, memoryview] = {}
+        self.traffic: dict[str, tuple[int, float]] = {}
+        """What came of other stores' data: node to bytes, and the seconds in which they arrived."""
 
     def __enter__(self) -> Peers:
         return self
@@ -66,6 +68,14 @@ class Peers:
             self._buffers[number] = memoryview(bytearray(length))
         return self._buffers[number][:length]
 
+    def _received(self, node: str, number: int) -> tuple[dict[str, Any], memoryview]:
+        connection = self._to(node)
+        before = connection.arriving_seconds
+        answer = connection.receive(into=partial(self._room, number))
+        bytes, seconds = self.traffic.get(node, (0, 0.0))
+        self.traffic[node] = bytes + len(answer[1]), seconds + connection.arriving_seconds - before
+        return answer
+
     def pull(self, wanted: Mapping[int, tuple[str, str, dict[str, Any]]]) -> dict[int, memoryview]:
         """Payloads of several requests (number -> node, op, fields), all under way at once; none for "the same as yours".
 
@@ -75,10 +85,7 @@ class Peers:
         try:
             for node, op, fields in wanted.values():
                 self._to(node).send(op, **fields)
-            answers = {
-                number: self._to(node).receive(into=partial(self._room, number))
-                for number, (node, _, _) in wanted.items()
-            }
+            answers = {number: self._received(node, number) for number, (node, _, _) in wanted.items()}
             return {number: payload for number, (head, payload) in answers.items() if "same" not in head}
         except StoreError:
             for connection in self._open.values():

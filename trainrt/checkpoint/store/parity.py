@@ -33,6 +33,8 @@ class ParityKeeper:
         self._sizes: tuple[int, dict[str, dict[int, int]]] = (0, {})
         self._mirror: tuple[int, Mirror] = (0, Mirror())
         self.pulled = 0
+        self.links: dict[str, tuple[int, int, float]] = {}
+        """Of each node whose data came over the network: the last step, all bytes, all seconds in which they arrived."""
 
     # Coding.
 
@@ -124,6 +126,7 @@ class ParityKeeper:
         with self._peers() as peers:
             held = lambda *where: mirror.read(maps, *where)  # noqa: E731
             self.pulled += encode(generation, group, parity.parts, out, peers, held=held)
+            self._count(generation.step, peers)
             for node in group.nodes:
                 if node == self._store.node:
                     continue
@@ -134,6 +137,11 @@ class ParityKeeper:
         # Assigned in one go: parity with hashes is complete parity.
         parity.hashes = hash_blocks(out)
         return layouts
+
+    def _count(self, step: int, peers: Peers) -> None:
+        for node, (bytes, seconds) in peers.traffic.items():
+            _, bytes_before, seconds_before = self.links.get(node, (0, 0, 0.0))
+            self.links[node] = step, bytes_before + bytes, seconds_before + seconds
 
     async def op_node_bytes(self, message: dict[str, Any]) -> dict[str, Any]:
         """How much the ranks of this node hold, as soon as all have described themselves."""

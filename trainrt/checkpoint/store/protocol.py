@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,8 @@ class Connection:
     def __init__(self, address: str, *, token: str, run_id: str = "", timeout_seconds: float = 30.0) -> None:
         self.address, self._head = address, {"token": token, "run_id": run_id}
         self._timeout = timeout_seconds
+        # Of payloads, from the header on: a store answers when it has what it was asked for.
+        self.arriving_seconds = 0.0
         try:
             if address.startswith("/"):
                 self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -82,7 +85,9 @@ class Connection:
             self._socket.settimeout(self._timeout + wait_seconds)
             header_bytes, payload_bytes = LENGTHS.unpack(self._exactly(_new(LENGTHS.size)))
             header = json.loads(bytes(self._exactly(_new(header_bytes))))
+            began = time.monotonic()
             payload = self._exactly(into(payload_bytes))
+            self.arriving_seconds += time.monotonic() - began
         except OSError as error:
             raise StoreError(f"store {self.address}: {error.strerror or error}") from error
         if "error" in header:

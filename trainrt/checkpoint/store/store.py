@@ -117,7 +117,7 @@ class Store:
 
     async def op_renew(self, _: dict[str, Any]) -> dict[str, Any]:
         self._renewed = time.monotonic()
-        return {}
+        return {"links": dict(self.keeper.links)}
 
     async def op_shutdown(self, _: dict[str, Any]) -> dict[str, Any]:
         self.done.set()
