@@ -113,7 +113,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     (folder / "calling.py").write_text(MODULE.format(orders=str(folder / "orders")))
     job = write_job(
         folder / "job.toml", run={"steps": 100000, "pipeline": "calling:pipeline"},
-        cluster={"workers_per_node": 4 // request.param, "nodes": request.param}, diagnostics={"dashboard": False, "hang_seconds": LIMIT_SECONDS},
+        cluster={"workers_per_node": 4 // request.param, "nodes": request.param},
+        diagnostics={"dashboard": False, "hang_seconds": LIMIT_SECONDS},
     )  # fmt: skip
     run = Calling(folder / "run", job)
     run.launch()

@@ -8,6 +8,7 @@ Legend: S steps, R ranks.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -15,13 +16,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from trainrt.diagnostics.table import AXES, PARTS, SUMMARY, WORK, Numbers, Roles, StepTable
+from trainrt.diagnostics.table import AXES, PARTS, SUMMARY, WORK, Links, Numbers, Roles, StepTable
 from trainrt.diagnostics.tail import Tail
 from trainrt.run_dir import RunDir, read_lines
 
 KEPT_STEPS = 2000
 KEPT_BYTES = 256 << 20
 """At 16,384 ranks about 140 steps."""
+KEPT_LINKS = 65536
+LEAST_BYTES = 1 << 20
+"""Of a transfer between hosts: what a smaller one takes says nothing of the link."""
 BLOCK_RECORDS = 65536
 COLUMNS = ("seconds", *PARTS, *AXES, *WORK, "bytes", "memory")
 """The float32 fields of a summary, in their order."""
@@ -62,6 +66,8 @@ class Summaries:
         self.revision = 0
         self._kept_bytes = kept_bytes
         self._seats_tail = Tail(run_dir.seats)
+        self._links_tail = Tail(run_dir.links)
+        self._links: deque[dict[str, Any]] = deque(maxlen=KEPT_LINKS)
         self._steps: list[int] = []
         # By step: (columns, R), so that a column of all ranks lies in one piece, and the starts (R,). NaN: not heard yet.
         self._values: dict[int, NDArray[np.float32]] = {}
@@ -91,6 +97,7 @@ class Summaries:
         newest = max(lines, key=lambda line: line["incarnation"], default=None)
         if newest is not None and (replaced or newest["incarnation"] > self.incarnation):
             self._sit(seats_of(newest))
+        self._links.extend(self._links_tail.read()[0])
         try:
             with self.run_dir.summaries.open("rb") as file:
                 self._follow(file)
@@ -127,7 +134,21 @@ class Summaries:
         return StepTable(
             np.array(steps, dtype=np.int64), self.roles, start, column["seconds"], {name: column[name] for name in PARTS},
             {name: column[name] for name in AXES if (column[name] > 0).any()}, {name: column[name] for name in WORK},
+            self._between(steps),
         )  # fmt: skip
+
+    def _between(self, steps: Sequence[int]) -> Links:
+        """What went between hosts of this incarnation in these steps."""
+        number = {host: index for index, host in enumerate(self.roles.hosts)}
+        if not self._links or not steps:
+            return Links.none()
+        kept = [
+            (line["step"], number[line["from"]], number[line["to"]], line["bytes"], line["seconds"]) for line in self._links
+            if steps[0] <= line["step"] <= steps[-1] and line["bytes"] >= LEAST_BYTES
+            and line["from"] in number and line["to"] in number
+        ]  # fmt: skip
+        step, source, target, amount, seconds = np.array(kept, dtype=np.float64).reshape(-1, 5).T
+        return Links(step.astype(np.int64), source.astype(np.int64), target.astype(np.int64), amount, seconds)
 
     def _sit(self, seats: Seats) -> None:
         """A new incarnation: what was heard of older ones goes."""
