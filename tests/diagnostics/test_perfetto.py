@@ -14,6 +14,7 @@ from tests.diagnostics.run_directories import SLOW_RANK, WrittenRun
 from trainrt.diagnostics.arrows import arrows
 from trainrt.diagnostics.perfetto import Slice, nest, perfetto, walk
 from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.telemetry import NOBODY
 from trainrt.diagnostics.timeline import companions, timeline
 
 
@@ -121,6 +122,7 @@ def test_arrows_lead_from_the_last_to_come(tmp_path: Path) -> None:
     assert {arrow.source for arrow in found if arrow.group == "tp" and arrow.target in (neighbour, SLOW_RANK)} == {
         SLOW_RANK
     }
+    assert arrows(reader.windows.lines(2), NOBODY) == [], "without seats nobody knows who is in one group"
     groups = {axis: reader.summaries.roles.groups(axis) for axis in ("tp", "pp", "fsdp", "ep")}
     for arrow in found:
         assert (

@@ -50,16 +50,21 @@ def arrows(lines: Mapping[int, Mapping[str, Any]], roles: Roles, *, at_most: int
 
 
 def _collectives(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> dict[Any, list[tuple[float, int, int]]]:
-    """By axis, group and sequence: (arrival, rank, index of the event) of each member."""
+    """By axis, group and sequence: (arrival, rank, index of the event) of each member.
+
+    Groups of one axis share a name: where the seats do not tell them apart nothing is matched.
+    """
     numbers: dict[str, Any] = {}
     members: dict[Any, list[tuple[float, int, int]]] = defaultdict(list)
     for rank, line in lines.items():
         for index, event in enumerate(line["events"]):
             if event["kind"] != "collective" or event.get("sequence") is None:
                 continue
-            axis = event["group"]
+            # torch names the group of a mesh's axis so.
+            axis = event["group"].removeprefix("mesh_")
             if axis not in numbers:
-                numbers[axis] = roles.groups(axis) if axis in roles.coordinates else None
-            group = int(numbers[axis][rank]) if numbers[axis] is not None and rank < roles.ranks else 0
-            members[axis, group, event["sequence"]].append((line["time"] + event["start"], rank, index))
+                numbers[axis] = roles.groups(axis) if axis in (*roles.coordinates, "world") else None
+            if numbers[axis] is not None and rank < roles.ranks:
+                key = (axis, int(numbers[axis][rank]), event["sequence"])
+                members[key].append((line["time"] + event["start"], rank, index))
     return members
