@@ -217,7 +217,7 @@ def dashboard(
     token: Annotated[str | None, typer.Option(help="Ask visitors for this token.")] = None,
 ) -> None:
     """Show a run, live or finished, on a web page."""
-    from trainrt.diagnostics.dashboard import serve
+    from trainrt.diagnostics.page.server import serve
 
     serve(run_dir, host=host, port=port, token=token)
 

@@ -22,9 +22,9 @@ import torch
 from tests.diagnostics.run_directories import SLOW_RANK, WrittenRun
 from tests.diagnostics.summary_files import append_records, records_of
 from tests.reference import validate
-from trainrt.diagnostics.packed import unpacked
-from trainrt.diagnostics.reader import RunReader
-from trainrt.diagnostics.views import FRESH_SECONDS, Views
+from trainrt.diagnostics.page.packed import unpacked
+from trainrt.diagnostics.page.reader import RunReader
+from trainrt.diagnostics.page.views import FRESH_SECONDS, Views
 from trainrt.events import EventRing
 from trainrt.run_dir import RunDir
 from trainrt.training.recorder import Recorder

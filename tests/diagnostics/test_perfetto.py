@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.diagnostics.run_directories import SLOW_RANK, WrittenRun
-from trainrt.diagnostics.arrows import arrows
-from trainrt.diagnostics.perfetto import Slice, nest, perfetto, walk
-from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.page.arrows import arrows
+from trainrt.diagnostics.page.perfetto import Slice, nest, perfetto, walk
+from trainrt.diagnostics.page.reader import RunReader
+from trainrt.diagnostics.page.timeline import companions, timeline
 from trainrt.diagnostics.telemetry import NOBODY
-from trainrt.diagnostics.timeline import companions, timeline
 
 
 def nanoseconds(microseconds: float) -> int:

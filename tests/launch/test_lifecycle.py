@@ -19,7 +19,7 @@ from tests.launches import alive, finish, launched, pids, wait_for, wait_step, w
 from tests.reference import validate
 from trainrt.checkpoint.inspect import verify
 from trainrt.config import JobConfig
-from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.page.reader import RunReader
 from trainrt.run_dir import RunDir, read_lines
 
 ONE_NODE = {"nodes": 1, "workers_per_node": 2}

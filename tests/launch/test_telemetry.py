@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.reference import validate
-from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.page.reader import RunReader
 from trainrt.diagnostics.table import SUMMARY
 from trainrt.launch.links import LinkReports
 from trainrt.launch.telemetry import Telemetry

@@ -17,7 +17,7 @@ PORTS_TRIED = 100
 PAGE = """
 import ctypes, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-from trainrt.diagnostics.dashboard import serve
+from trainrt.diagnostics.page.server import serve
 serve(sys.argv[1], host=sys.argv[2], port=int(sys.argv[3]), token=None)
 """
 """Ends with the driver (prctl 1: PR_SET_PDEATHSIG)."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.diagnostics.arrows import arrows
-from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.page.arrows import arrows
+from trainrt.diagnostics.page.reader import RunReader
 from trainrt.diagnostics.table import Roles
 
 RANKS_SHOWN = 64

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
-from trainrt.diagnostics.views import Views
+from trainrt.diagnostics.page.views import Views
 from trainrt.errors import DiagnosticsError
 from trainrt.run_dir import RunDir
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainrt.diagnostics.arrows import arrows
-from trainrt.diagnostics.reader import RunReader
-from trainrt.diagnostics.timeline import lines_of
+from trainrt.diagnostics.page.arrows import arrows
+from trainrt.diagnostics.page.reader import RunReader
+from trainrt.diagnostics.page.timeline import lines_of
 
 NANOSECONDS = 1_000_000_000
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from trainrt.diagnostics.ledger import Ledger
-from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.page.ledger import Ledger
+from trainrt.diagnostics.page.reader import RunReader
 from trainrt.diagnostics.verdict import CAUSES, STATES
 
 SUSPECTS = 3

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.diagnostics.health import health_document, plan_document
-from trainrt.diagnostics.ledger import HEAT, Ledger
-from trainrt.diagnostics.packed import packed
-from trainrt.diagnostics.perfetto import perfetto
-from trainrt.diagnostics.prometheus import exposition
-from trainrt.diagnostics.reader import RunReader
-from trainrt.diagnostics.timeline import timeline
+from trainrt.diagnostics.page.health import health_document, plan_document
+from trainrt.diagnostics.page.ledger import HEAT, Ledger
+from trainrt.diagnostics.page.packed import packed
+from trainrt.diagnostics.page.perfetto import perfetto
+from trainrt.diagnostics.page.prometheus import exposition
+from trainrt.diagnostics.page.reader import RunReader
+from trainrt.diagnostics.page.timeline import timeline
 from trainrt.run_dir import RunDir
 
 POINTS = 2000

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.diagnostics.packed import packed
-from trainrt.diagnostics.reader import RunReader
+from trainrt.diagnostics.page.packed import packed
+from trainrt.diagnostics.page.reader import RunReader
 from trainrt.diagnostics.table import Roles
 
 AXES = ("pp", "dp", "fsdp", "cp", "tp", "ep")
