@@ -97,7 +97,8 @@ def _slow_hosts(window: Window, excess: dict[str, Numbers]) -> list[tuple[int, s
     }
     found = []
     for kind, slow in _strongest(by_host, np.array([len(ranks) > 1 for ranks in hosts])):
-        recent = np.median(excess[kind][-slow.length :, hosts[slow.member]], 0)
+        typical = np.median if slow.how == "lasting" else np.mean
+        recent = typical(excess[kind][-slow.length :, hosts[slow.member]], axis=0)
         if np.mean(recent > slow.effect / 2) >= SHARED:
             found.append((slow.member, kind, slow))
     return found
