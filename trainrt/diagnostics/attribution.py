@@ -6,12 +6,14 @@ before, it is a victim too: seconds go back to the rank that lost them by itself
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from trainrt.diagnostics.table import Numbers
+from trainrt.diagnostics.table import Numbers, Roles
 
 NEVER = 1e-9
 
@@ -84,3 +86,42 @@ def origins(meetings: Sequence[Meeting], ranks: int) -> Origins:
         # The last one itself is as late as it is by its own doing, for whomever it meets next.
         debts[members[last], members[last]] += float(reason[members[last]])
     return Origins(caused, waited)
+
+
+def collectives(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> dict[Any, list[tuple[float, int, int]]]:
+    """By axis, group and sequence: (arrival, rank, index of the event) of each member.
+
+    Groups of one axis share a name: where the seats do not tell them apart nothing is matched.
+    """
+    numbers: dict[str, Any] = {}
+    members: dict[Any, list[tuple[float, int, int]]] = defaultdict(list)
+    for rank, line in lines.items():
+        for index, event in enumerate(line["events"]):
+            if event["kind"] != "collective" or event.get("sequence") is None:
+                continue
+            # torch names the group of a mesh's axis so.
+            axis = event["group"].removeprefix("mesh_")
+            if axis not in numbers:
+                numbers[axis] = roles.groups(axis) if axis in (*roles.coordinates, "world") else None
+            if numbers[axis] is not None and rank < roles.ranks:
+                key = (axis, int(numbers[axis][rank]), event["sequence"])
+                members[key].append((line["time"] + event["start"], rank, index))
+    return members
+
+
+def meetings(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> list[Meeting]:
+    """The collectives of a step to which all members came, from the lines of events by rank."""
+    found = []
+    for members in collectives(lines, roles).values():
+        if len(members) < 2:
+            continue
+        arrivals, ranks, places = zip(*members, strict=True)
+        events = [lines[rank]["events"][place] for rank, place in zip(ranks, places, strict=True)]
+        ends = [arrival + event["seconds"] for arrival, event in zip(arrivals, events, strict=True)]
+        found.append(Meeting(events[0]["name"], ranks, arrivals, ends))
+    return found
+
+
+def origins_of(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> Origins:
+    """Whom the waiting of one step goes back to."""
+    return origins(meetings(lines, roles), roles.ranks)

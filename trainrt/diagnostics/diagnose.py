@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trainrt.diagnostics.attribution import origins_of
 from trainrt.diagnostics.detect import detect
-from trainrt.diagnostics.table import StepTable
+from trainrt.diagnostics.table import Roles, StepTable
 from trainrt.diagnostics.telemetry import Summaries
-from trainrt.diagnostics.verdict import Diagnosis
+from trainrt.diagnostics.verdict import Diagnosis, Verdict
+from trainrt.diagnostics.windows import Windows
 from trainrt.errors import DiagnosticsError
 from trainrt.run_dir import RunDir, read_json
 
 WINDOW = 100
 """Steps that are looked at, the last ones."""
+MOST_RANKS = 256
+"""Of a run whose events are followed collective by collective."""
+WORTH_SAYING = 0.1
 WARM_UP = 2
 """The first steps of an incarnation are left out: caches fill, code is compiled, files are opened."""
 
@@ -43,9 +50,33 @@ def _of_run(run_dir: RunDir) -> Diagnosis:
     if said is not None and said["state"] == "hung":
         # Nothing was said since: the run has not gone on.
         return Diagnosis.from_json(said)
-    summaries = Summaries(run_dir)
+    summaries, windows = Summaries(run_dir), Windows(run_dir)
     summaries.refresh()
-    return detect(settled(summaries))
+    return examined(summaries, windows)
+
+
+def examined(summaries: Summaries, windows: Windows, *, window: int = WINDOW) -> Diagnosis:
+    """What the last steps say, with what the events of one of them add to it."""
+    found = detect(settled(summaries, window=window))
+    windows.refresh()
+    steps = [step for step in windows.steps() if found.first_step is not None and step >= found.first_step]
+    if not found.verdicts or not steps or summaries.roles.ranks > MOST_RANKS:
+        return found
+    return replace(found, verdicts=_with_origins(found.verdicts, windows.lines(steps[-1]), summaries.roles, steps[-1]))
+
+
+def _with_origins(
+    verdicts: Sequence[Verdict], lines: dict[int, dict[str, Any]], roles: Roles, step: int
+) -> list[Verdict]:  # fmt: skip
+    """Verdicts on ranks, with how much of the waiting of a step goes back to them."""
+    share = origins_of(lines, roles).share if len(lines) == roles.ranks else np.zeros(roles.ranks)
+    said = []
+    for verdict in verdicts:
+        ranks = [culprit.rank for culprit in verdict.culprits if culprit.rank is not None]
+        blamed = float(share[ranks].sum()) if verdict.kind in ("rank", "host") and ranks else 0.0
+        more = [f"{blamed:.0%} of all waiting of step {step} goes back to {'it' if len(ranks) == 1 else 'its ranks'}"]
+        said.append(replace(verdict, evidence=[*verdict.evidence, *more]) if blamed > WORTH_SAYING else verdict)
+    return said
 
 
 def settled(summaries: Summaries, *, window: int = WINDOW) -> StepTable:

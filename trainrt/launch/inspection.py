@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from trainrt.diagnostics.detect import detect
-from trainrt.diagnostics.diagnose import settled
+from trainrt.diagnostics.diagnose import examined
 from trainrt.diagnostics.telemetry import Summaries
 from trainrt.diagnostics.verdict import Diagnosis, Verdict
+from trainrt.diagnostics.windows import Windows
 from trainrt.run_dir import RunDir, write_json
 
 EVERY_SECONDS = 2.0
@@ -23,7 +23,7 @@ class Inspector:
 
     def __init__(self, run_dir: RunDir, *, tell: Callable[[str], None]) -> None:
         self._run_dir, self._tell = run_dir, tell
-        self._summaries = Summaries(run_dir)
+        self._summaries, self._windows = Summaries(run_dir), Windows(run_dir)
         self._over = threading.Event()
         self._told: set[tuple[str, str]] = set()
         self._last_step = 0
@@ -51,7 +51,7 @@ class Inspector:
         if not self._summaries.refresh() or not self._summaries.steps or self._summaries.steps[-1] == self._last_step:
             return
         self._last_step = self._summaries.steps[-1]
-        found = detect(settled(self._summaries, window=WINDOW))
+        found = examined(self._summaries, self._windows, window=WINDOW)
         write_json(self._run_dir.diagnosis, rounded(found).to_json())
         self.newest = found
         for verdict in found.verdicts:

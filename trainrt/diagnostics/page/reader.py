@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainrt.diagnostics.page.windows import Windows
 from trainrt.diagnostics.tail import Tail
 from trainrt.diagnostics.telemetry import Summaries
+from trainrt.diagnostics.windows import Windows
 from trainrt.run_dir import RunDir, read_json
 
 __all__ = ["Document", "RunReader", "Tail"]
