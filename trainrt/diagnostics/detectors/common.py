@@ -27,10 +27,15 @@ CAUSES = {"data": "slow_data", "storage": "slow_storage"}
 WHAT = {"data": "waits for its data", "storage": "is stopped by snapshots and checkpoints"}
 
 
+def of_most(values: Numbers) -> Numbers:
+    """What three of four ranks take or more, by step, (S,): of few ranks a single slow one does not raise it."""
+    return np.nan_to_num(np.nanquantile(values, 0.25, axis=1, method="lower"))
+
+
 def shared_waits(window: Window) -> Iterator[Finding]:
     """Data or storage that holds up all ranks alike."""
     for kind, cause in CAUSES.items():
-        own = nan_median(window.own(kind), axis=1)
+        own = of_most(window.own(kind))
         recent, share = _worst_of_late(own, window, fewest=FEWEST_STEPS[kind])
         shift = find_shift(own, least=DOUBLED)
         rose = shift is not None and shift.after - shift.before > LEAST_SHARE[kind] / 3 * float(window.seconds.mean())
@@ -76,9 +81,7 @@ def unplanned_stops(window: Window) -> Iterator[Finding]:
 def regression(window: Window) -> Iterator[Finding]:
     """All ranks compute longer from one step on, for the same work: the code, or what it runs on, changed."""
     tokens = nan_median(window.table.work["tokens"], axis=1)
-    compute = nan_median(window.compute, axis=1) * (
-        np.median(tokens) / np.maximum(tokens, 1.0) if tokens.min() > 0 else 1.0
-    )
+    compute = of_most(window.compute) * (np.median(tokens) / np.maximum(tokens, 1.0) if tokens.min() > 0 else 1.0)
     shift = find_shift(compute, least=LEAST_RISE)
     if shift is None or len(compute) - shift.index < AFTER:
         return
