@@ -196,13 +196,18 @@ class Agent:
         return {rank: log.to_json() for rank, log in logs.items() if log is not None}
 
     async def selfcheck(self, device: str, seconds: float) -> dict[str, float]:
-        """What this node can do, in the short form (`diagnostics/selfcheck.py`), or what of it is known after so long."""
+        """What this node can do, in the short form (`diagnostics/selfcheck.py`), or what of it is known after so long.
+
+        With 0 seconds nothing is measured that takes any.
+        """
         from trainrt.checkpoint.store.slots import memory_bytes
         from trainrt.diagnostics import selfcheck
 
-        measured = await asyncio.to_thread(
-            selfcheck.run, selfcheck.SHORT, self._run_dir, device=device, seconds=seconds
-        )
+        measured = {}
+        if seconds > 0:
+            measured = await asyncio.to_thread(
+                selfcheck.run, selfcheck.SHORT, self._run_dir, device=device, seconds=seconds
+            )
         # What the store has already counts as free.
         return {**measured, "shared_memory_free": float(memory_bytes(self._orders.run_id))}
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from trainrt.diagnostics.outliers import Judged, JudgedLink, judge, judge_links, shown
@@ -42,21 +43,20 @@ def doctor(*, address: str | None = None, nodes: int | None = None) -> dict[str,
 
 
 def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
-    """The document for people: the head and the rows of a table of nodes, and lines of what was found."""
-    names = list(dict.fromkeys(name for node in document["nodes"] for name in node["checks"]))
+    """The document for people: the head and the rows of a table of checks, and lines of what was found."""
     rows = []
-    for node in document["nodes"]:
-        cells = [_cell(name, node["checks"].get(name)) for name in names]
-        rows.append([f"{node['name']} ({node['address']})", *cells])
+    for name in dict.fromkeys(name for node in document["nodes"] for name in node["checks"]):
+        checks = {node["name"]: node["checks"][name] for node in document["nodes"] if name in node["checks"]}
+        values = sorted((check["value"], node) for node, check in checks.items() if check["value"] is not None)
+        bad = ", ".join(node for node, check in checks.items() if not check["ok"]) or "-"
+        if values:
+            (least, where), (most, _) = values[0], values[-1]
+            middle = shown(name, median(value for value, _ in values))
+            rows.append([name, f"{shown(name, least)} ({where})", middle, shown(name, most), bad])
+        else:
+            rows.append([name, "", "", "", bad])
     lines = [finding["message"] for finding in document["findings"]] or ["nothing is unlike its peers"]
-    return ["node", *names], rows, [*lines, *document["notes"]]
-
-
-def _cell(name: str, check: dict[str, Any] | None) -> str:
-    if check is None:
-        return ""
-    text = "?" if check["value"] is None else shown(name, check["value"])
-    return text if check["ok"] else f"{text} !"
+    return ["check", "lowest", "median", "highest", "not ok"], rows, [*lines, *document["notes"]]
 
 
 # The cluster.

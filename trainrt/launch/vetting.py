@@ -43,9 +43,16 @@ class Vetting:
         self._asked: dict[str, Any] = {}
 
     def begin(self, nodes: Iterable[str]) -> None:
-        """Before a start: have nodes measured, one of each host; does not wait. GPUs are each node's own, so then all are."""
-        if self._config.diagnostics.selfcheck:
-            self._ask_all(nodes, self._device, seconds=LONGEST_SECONDS if self._device == "cuda" else BESIDE_SECONDS)
+        """Before a start: have nodes measured, one of each host; does not wait. GPUs are each node's own, so then all are.
+
+        A host that is alone has no peers, and needs its cores to come up: only its free shared memory is looked at.
+        """
+        if not self._config.diagnostics.selfcheck:
+            return
+        nodes = list(nodes)
+        alone = len({self._host(node) for node in [*self._fleet.nodes, *nodes]}) == 1
+        beside = 0.0 if alone else BESIDE_SECONDS
+        self._ask_all(nodes, self._device, seconds=LONGEST_SECONDS if self._device == "cuda" else beside)
 
     def begin_again(self, nodes: Iterable[str]) -> None:
         """After an incident: the same for the nodes that stay, without their GPUs, which take too long and are in use.
