@@ -166,6 +166,13 @@ def test_a_rank_that_never_enters_a_collective_is_named(run: Hung) -> None:
     incident = run.order("stay_away-0")
     check(incident, 0)
     assert "stay_away (hanging.py:" in incident["message"]
+    assert (
+        "rank 0 (n0) missing from all_reduce(int64 1)" in incident["message"]
+        and "waits at obey (hang" in incident["message"]
+    )
+    document = run.document("diagnosis")
+    assert document["state"] == "hung" and document["verdicts"][0]["action"] == "evict"
+    assert [one["rank"] for one in document["verdicts"][0]["culprits"]] == [0]
 
 
 def test_a_rank_alone_in_another_collective_is_the_minority(run: Hung) -> None:
