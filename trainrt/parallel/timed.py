@@ -28,6 +28,8 @@ class _Passes:
         self._depths: list[int] = []
 
     def before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._ring.enabled:
+            return
         outer = self._ring.innermost
         self._depths.append(self._ring.depth)
         if outer == "backward":
@@ -39,6 +41,8 @@ class _Passes:
         self._ring.begin(name, "evaluation" if outer == "evaluation" else "forward")
 
     def after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._ring.enabled:
+            return
         # Also called where activation checkpointing has seen enough and breaks off, or the layer raises.
         self._ring.unwind(self._depths.pop())
         if self._ring.innermost == "backward" or not torch.is_grad_enabled():
