@@ -199,3 +199,13 @@ def test_buckets_follow_from_the_busiest_and_hold_similar_loads() -> None:
 ])  # fmt: skip
 def test_strategies_are_those_the_config_leaves_open(hosts: bool, config: MoeConfig, number: int) -> None:
     assert len(list(Lattice(ExpertLayout(4, 4), 2 if hosts else 1, config))) == number
+
+
+def test_degrees_are_open_apart_where_experts_are_computed_again_anyway() -> None:
+    open_ways = list(Lattice(ExpertLayout(4, 4), 1, MoeConfig(r=1, hot_experts=0), apart=True))
+    assert len(open_ways) == 25 and Strategy(1, 8, 2) in open_ways
+    assert all(
+        way.backward_degree == 2
+        for way in Lattice(ExpertLayout(4, 4), 1, MoeConfig(backward_degree=2), apart=True)
+        if way.r
+    )

@@ -44,15 +44,21 @@ PLAIN = Strategy()
 @dataclass(frozen=True, slots=True)
 class Lattice:
     """The strategies that a job allows: those of a layout, and of hosts with `places` of its ranks each, less what the config
-    fixes."""
+    fixes.
+
+    apart: both degrees are looked at by themselves. Where they differ, experts are computed again for backward, so it is worth
+    it where they are anyway.
+    """
 
     layout: ExpertLayout
     places: int
     config: MoeConfig
+    apart: bool = False
 
     @classmethod
     def of(cls, config: JobConfig, layout: ExpertLayout, size: MeshSize) -> Lattice:
-        return cls(layout, places_on_host(size.ep, config.cluster.workers_per_node), config.moe)
+        places = places_on_host(size.ep, config.cluster.workers_per_node)
+        return cls(layout, places, config.moe, apart=config.model.activation_checkpointing)
 
     @property
     def hosts(self) -> bool:
@@ -71,8 +77,13 @@ class Lattice:
         # Slices of an expert are many ranks' already.
         hots = hots if self.layout.slices == 1 and self.layout.experts > 1 else [0]
         for r, degree, way, hot in product([r for r in rs if r], degrees, ways[config.all_to_all], hots):
-            backward = degree if config.backward_degree == "auto" else config.backward_degree
-            yield Strategy(r, degree, backward, way, hot)
+            for backward in self._backward_degrees(degree):
+                yield Strategy(r, degree, backward, way, hot)
+
+    def _backward_degrees(self, degree: int) -> Sequence[int]:
+        if self.config.backward_degree != "auto":
+            return [self.config.backward_degree]
+        return DEGREES if self.apart else [degree]
 
     def check(self) -> None:
         """Raises PlanError where the config asks for what the layout or the hosts do not allow."""

@@ -42,16 +42,14 @@ def spread_mixtures(
 
     def chooser(module: nn.Module, layout: ExpertLayout) -> Chooser:
         sizes = _sizes(module, layout, places, config, hidden_size_of(config, model))
-        open_ways = list(Lattice(layout, places, config.moe))
+        again = config.model.activation_checkpointing
+        open_ways = list(Lattice(layout, places, config.moe, apart=again))
         if len(open_ways) == 1:
             return Fixed(open_ways[0])
         if config.run.deterministic:
             return Fixed(_usual(replace(sizes, places=1), config, plan.mesh))
         if sizes not in tuners:
-            tuners[sizes] = Tuner(
-                open_ways, sizes, _rates_of_all(groups.device), between.ep,
-                recomputed=config.model.activation_checkpointing,
-            )  # fmt: skip
+            tuners[sizes] = Tuner(open_ways, sizes, _rates_of_all(groups.device), between.ep, recomputed=again)
         return tuners[sizes]
 
     spread = spread_experts(
