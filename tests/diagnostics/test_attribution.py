@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainrt.diagnostics.attribution import Meeting, origins
+from trainrt.diagnostics.attribution import Meeting, lateness, origins
 
 
 def meeting(ranks: list[int], arrivals: list[float], transfer: float = 0.1, base: float = 0.1) -> Meeting:
@@ -54,3 +54,8 @@ def test_late_members_are_told_from_slow_transfers() -> None:
     assert meeting([0, 1], [1.0, 1.0], transfer=1.1).lateness_share == 0.0
     assert 0.4 < meeting([0, 1], [1.0, 1.5], transfer=0.6).lateness_share < 0.6
     assert meeting([0, 1], [1.0, 2.0]).last == 1
+
+
+def test_lateness_of_a_step_is_weighed_by_what_its_collectives_lost() -> None:
+    late, slow = meeting([0, 1], [1.0, 4.0]), meeting([0, 1], [1.0, 1.0], transfer=1.1)
+    assert lateness([late, slow]) == pytest.approx(3 / 4) and lateness([slow]) == 0.0 and lateness([late]) == 1.0

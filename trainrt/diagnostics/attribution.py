@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,10 @@ def collectives(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> dict[An
 
 
 def meetings(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> list[Meeting]:
-    """The collectives of a step to which all members came, from the lines of events by rank."""
+    """The collectives of a step to which several members came, from the lines of events by rank.
+
+    What a transfer usually takes is the median over those of the same name of the least that any member spent in one.
+    """
     found = []
     for members in collectives(lines, roles).values():
         if len(members) < 2:
@@ -119,9 +122,14 @@ def meetings(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> list[Meeti
         events = [lines[rank]["events"][place] for rank, place in zip(ranks, places, strict=True)]
         ends = [arrival + event["seconds"] for arrival, event in zip(arrivals, events, strict=True)]
         found.append(Meeting(events[0]["name"], ranks, arrivals, ends))
-    return found
+    least: dict[str, list[float]] = defaultdict(list)
+    for meeting in found:
+        least[meeting.name].append(float(np.subtract(meeting.ends, meeting.arrivals).min()))
+    return [replace(meeting, base=float(np.median(least[meeting.name]))) for meeting in found]
 
 
-def origins_of(lines: Mapping[int, Mapping[str, Any]], roles: Roles) -> Origins:
-    """Whom the waiting of one step goes back to."""
-    return origins(meetings(lines, roles), roles.ranks)
+def lateness(met: Sequence[Meeting]) -> float:
+    """P of a whole step: of what its collectives took beyond the usual transfer, the share that members were late."""
+    seconds = [float(np.subtract(m.ends, m.arrivals).max()) - m.base for m in met]
+    beyond = np.maximum(seconds, 0.0)
+    return float(beyond @ [m.lateness_share for m in met]) / max(float(beyond.sum()), NEVER)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.diagnostics.attribution import origins_of
+from trainrt.diagnostics.attribution import lateness, meetings, origins
 from trainrt.diagnostics.detect import detect
 from trainrt.diagnostics.table import Roles, StepTable
 from trainrt.diagnostics.telemetry import Summaries
@@ -23,6 +23,7 @@ WINDOW = 100
 MOST_RANKS = 256
 """Of a run whose events are followed collective by collective."""
 WORTH_SAYING = 0.1
+OF_NETWORK = ("slow_link", "slow_nic", "congestion")
 WARM_UP = 2
 """The first steps of an incarnation are left out: caches fill, code is compiled, files are opened."""
 
@@ -68,14 +69,25 @@ def examined(summaries: Summaries, windows: Windows, *, window: int = WINDOW) ->
 def _with_origins(
     verdicts: Sequence[Verdict], lines: dict[int, dict[str, Any]], roles: Roles, step: int
 ) -> list[Verdict]:  # fmt: skip
-    """Verdicts on ranks, with how much of the waiting of a step goes back to them."""
-    share = origins_of(lines, roles).share if len(lines) == roles.ranks else np.zeros(roles.ranks)
+    """Verdicts with what the collectives of a step say: whom its waiting goes back to, or that it was transfer."""
+    if len(lines) < roles.ranks:
+        return list(verdicts)
+    met = meetings(lines, roles)
+    share = origins(met, roles.ranks).share
     said = []
     for verdict in verdicts:
         ranks = [culprit.rank for culprit in verdict.culprits if culprit.rank is not None]
         blamed = float(share[ranks].sum()) if verdict.kind in ("rank", "host") and ranks else 0.0
-        more = [f"{blamed:.0%} of all waiting of step {step} goes back to {'it' if len(ranks) == 1 else 'its ranks'}"]
-        said.append(replace(verdict, evidence=[*verdict.evidence, *more]) if blamed > WORTH_SAYING else verdict)
+        more = []
+        if verdict.cause in OF_NETWORK:
+            more = [
+                f"of what collectives of step {step} took beyond the usual, {1 - lateness(met):.0%} was slow transfer"
+            ]
+        elif blamed > WORTH_SAYING:
+            more = [
+                f"{blamed:.0%} of all waiting of step {step} goes back to {'it' if len(ranks) == 1 else 'its ranks'}"
+            ]
+        said.append(replace(verdict, evidence=[*verdict.evidence, *more]))
     return said
 
 
