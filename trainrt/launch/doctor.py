@@ -18,7 +18,7 @@ from trainrt.diagnostics.outliers import Judged, JudgedLink, judge, judge_links,
 from trainrt.errors import ConfigError
 from trainrt.launch.cluster import Embedded, Joined, Site, free_port, local_gpus
 from trainrt.launch.examination import Examination, Examined
-from trainrt.launch.record import Folder
+from trainrt.launch.record import Folder, new_run_id
 from trainrt.run_dir import RunDir
 
 LOCAL_NODES = 2
@@ -84,8 +84,6 @@ def _cluster(address: str, nodes: int | None) -> Iterator[tuple[list[Site], dict
 
 @contextmanager
 def _embedded(count: int, gpus: int) -> Iterator[list[Site]]:
-    from trainrt.launch.driver import new_run_id
-
     with tempfile.TemporaryDirectory(prefix="trainrt-doctor-") as scratch:
         run_dir = RunDir(scratch)
         run_dir.create()

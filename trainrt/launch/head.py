@@ -14,7 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
+from trainrt.errors import TrainrtError
+from trainrt.launch.display import Display
+from trainrt.launch.publish import Status
 from trainrt.launch.request import Request, to_document
 
 PERIOD_SECONDS = 0.5
@@ -53,7 +57,29 @@ class HeadWatch:
                 return
 
 
-def succeed(request: Request) -> None:
+def leave(request: Request, lost: str, *, embedded: bool, status: Status, display: Display) -> NoReturn:
+    """Without a head: hand over, where the cluster was this run's own; else end, with the state in memory.
+
+    lost: what was lost, for messages.
+    """
+    step = status.fields["step"]
+    display.leave()
+    if request.own_process and embedded:
+        display.line(f"node_loss: {lost}; a new cluster is started, and the stores keep step {step}")
+        status.set(state="recovering", message=lost)
+        succeed(request)
+    grace = request.config.cluster.driver_grace_seconds
+    message = (
+        f"{lost}; the stores keep step {step} for {grace:.0f} s: within them, {request.command} goes on from memory, on a "
+        "cluster of the same hosts; later, from the newest checkpoint"
+    )
+    status.set(state="failed", message=message)
+    print(f"trainrt: {message}", file=sys.stderr, flush=True)
+    # Ray would end this process too, later and without a word.
+    os._exit(TrainrtError.exit_code)
+
+
+def succeed(request: Request) -> NoReturn:
     """Become the driver that takes this run over, in the same process; does not return."""
     read, write = os.pipe()
     os.write(write, to_document(replace(request, handed_over=True)).encode())

@@ -43,6 +43,21 @@ class Status:
         write_json(self._run_dir.status, {**self.fields, "time": now()})
 
 
+class Phases:
+    """The `start` of status.json: when its parts were done, in seconds since it `began`, and what its ranks took."""
+
+    def __init__(self, began: float) -> None:
+        self._began = began
+        self.seconds: dict[str, float] = {}
+
+    def done(self, name: str) -> None:
+        self.seconds[name] = round(time.monotonic() - self._began, 3)
+
+    def slowest(self, name: str, seconds: float) -> None:
+        """Ranks do it at the same time: the slowest counts."""
+        self.seconds[name] = max(self.seconds.get(name, 0.0), round(seconds, 3))
+
+
 class Processes:
     """cluster.json: written when it changed."""
 

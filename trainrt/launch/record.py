@@ -86,3 +86,8 @@ def write_secret(path: Path, text: str) -> None:
         os.write(fd, text.encode())
     finally:
         os.close(fd)
+
+
+def new_run_id() -> str:
+    """Short: it is part of the paths of sockets."""
+    return secrets.token_hex(4)
