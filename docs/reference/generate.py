@@ -1,4 +1,4 @@
-"""Writes what can be derived from the code: config.schema.json and config.md. Run it after a change of config.py."""
+"""Writes what can be derived from the code: config.schema.json and config.md. Run it after a change of the config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def page() -> str:
     lines = [
         "# Config", "",
         "TOML; every key has a default, so three lines run. `--set table.key=value` overrides one. Generated from",
-        "`trainrt/config.py` by `docs/reference/generate.py`.", "",
+        "`trainrt/config/sections.py` by `docs/reference/generate.py`.", "",
     ]  # fmt: skip
     for name, field in JobConfig.model_fields.items():
         lines += _table(f"[{name}]", field.annotation)
