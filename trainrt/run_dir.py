@@ -152,6 +152,14 @@ class RunDir:
         replace(self.metrics, "".join(json.dumps(latest[step]) + "\n" for step in sorted(latest)))
 
 
+def read_text(path: Path) -> str:
+    """Empty where there is no such file."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The document at `path`, or None where there is none."""
     try:

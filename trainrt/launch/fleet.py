@@ -9,10 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 from trainrt.errors import RunDirError, TrainrtError
-from trainrt.launch.agent import Agent, AgentOrders
+from trainrt.launch.agent import Agent
 from trainrt.launch.clocks import NodeClock
 from trainrt.launch.cluster import Site
 from trainrt.launch.machine import Event, FromNode, NodeLost
+from trainrt.launch.orders import AgentOrders
 from trainrt.launch.record import NAMESPACE
 
 SETUP_SECONDS = 120.0

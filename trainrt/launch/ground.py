@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trainrt.config import JobConfig
-from trainrt.launch.agent import AgentOrders
 from trainrt.launch.cluster import Cluster, Embedded, Joined, Site, free_port, local_gpus
 from trainrt.launch.fleet import Fleet
 from trainrt.launch.machine import Event
+from trainrt.launch.orders import AgentOrders
 from trainrt.launch.record import Folder, Record, Shape
 from trainrt.launch.stores import Stores, sweep_memory
 from trainrt.launch.vetting import Vetting
