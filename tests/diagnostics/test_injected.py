@@ -45,7 +45,9 @@ def expect(run: Injected, cause: str, *ranks: int, action: str) -> None:
     print(f"\n{cause} {wanted} after {steps} steps: {verdict['sentence']} Confidence {verdict['confidence']}.")
     status, found = run.diagnose()
     assert (status, found["state"]) == (0, "straggling")
-    assert (named(verdict), verdict["action"]) in [(named(v), v["action"]) for v in found["verdicts"] if v["cause"] == cause]
+    assert (named(verdict), verdict["action"]) in [
+        (named(v), v["action"]) for v in found["verdicts"] if v["cause"] == cause
+    ]
     blamed = {host for v in found["verdicts"] if v["cause"] in OF_HARDWARE for _, host in named(v)}
     assert blamed <= {host for _, host in wanted}, found["verdicts"]
 

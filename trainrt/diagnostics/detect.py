@@ -18,7 +18,7 @@ from trainrt.diagnostics.verdict import Culprit, Diagnosis, Verdict
 
 FEWEST_STEPS = 3
 LEAST_HEARD = 0.5
-"""Of the ranks, in every step of the window."""
+"""Of the ranks, more in every step of the window: of one of two there is nothing to compare with."""
 LEAST_SHARE = 0.005
 """Of a step: what costs less is no verdict."""
 WORTH_EVICTING = 0.02
@@ -56,7 +56,7 @@ ADVICE = {
 def detect(table: StepTable) -> Diagnosis:
     """Diagnose the steps of one incarnation."""
     heard = np.isfinite(table.seconds)
-    table = table.only(heard.mean(1) >= LEAST_HEARD)
+    table = table.only(heard.mean(1) > LEAST_HEARD)
     if len(table.steps) < FEWEST_STEPS:
         return _unknown(table, f"{len(table.steps)} steps of which most ranks said something; it takes {FEWEST_STEPS}")
     window = Window.of(table)

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from trainrt.diagnostics.detectors.finding import Finding
-from trainrt.diagnostics.detectors.levels import find_shift
-from trainrt.diagnostics.detectors.window import Window, nan_median
-from trainrt.diagnostics.detectors.workers import LENGTHS
+from trainrt.diagnostics.detectors.levels import find_shift, goes_on
+from trainrt.diagnostics.detectors.window import LENGTHS, Window, nan_median
 from trainrt.diagnostics.table import Numbers
 
 LEAST_SHARE, LEAST_SECONDS = {"data": 0.05, "storage": 0.04}, 0.05
@@ -27,19 +26,16 @@ CAUSES = {"data": "slow_data", "storage": "slow_storage"}
 WHAT = {"data": "waits for its data", "storage": "is stopped by snapshots and checkpoints"}
 
 
-def of_most(values: Numbers) -> Numbers:
-    """What three of four ranks take or more, by step, (S,): of few ranks a single slow one does not raise it."""
-    return np.nan_to_num(np.nanquantile(values, 0.25, axis=1, method="lower"))
-
-
 def shared_waits(window: Window) -> Iterator[Finding]:
     """Data or storage that holds up all ranks alike."""
     for kind, cause in CAUSES.items():
-        own = of_most(window.own(kind))
+        own = window.of_all(window.own(kind))
         recent, share = _worst_of_late(own, window, fewest=FEWEST_STEPS[kind])
-        shift = find_shift(own, least=DOUBLED)
+        shift = find_shift(own, least=DOUBLED, fewest=window.moment)
         rose = shift is not None and shift.after - shift.before > LEAST_SHARE[kind] / 3 * float(window.seconds.mean())
         if float(own[-recent:].mean()) < LEAST_SECONDS or (share < LEAST_SHARE[kind] and not rose):
+            continue
+        if not goes_on(own > own[-recent:].mean() / 2):
             continue
         evidence = [f"every rank {WHAT[kind]} for {share:.1%} of a step"]
         saved, since, sure = own, len(own) - recent, share / LEAST_SHARE[kind]
@@ -51,6 +47,7 @@ def shared_waits(window: Window) -> Iterator[Finding]:
 
 def _worst_of_late(seconds: Numbers, window: Window, *, fewest: int) -> tuple[int, float]:
     """Of the windows at the end, of at least so many steps, the one in which these seconds (S,) are most of a step."""
+    fewest = max(fewest, window.moment)
     lengths = [n for n in (*LENGTHS, len(seconds)) if fewest <= n <= len(seconds)] or [len(seconds)]
     shares = {n: float(seconds[-n:].mean() / window.seconds[-n:].mean()) for n in lengths}
     longest = max(shares, key=lambda n: (shares[n], n))
@@ -65,14 +62,14 @@ def unplanned_stops(window: Window) -> Iterator[Finding]:
         saved = own.max(1) - own.mean(1)
         recent, share = _worst_of_late(saved, window, fewest=FEWEST_STOPS)
         late = saved[-recent:]
-        stops = np.sum(late > 0.1 * late.max())
-        if share < LEAST_UNPLANNED[kind] or late.max() < LEAST_SECONDS or stops < FEWEST_STOPS:
+        stops = late >= LEAST_SECONDS
+        if share < LEAST_UNPLANNED[kind] or stops.sum() < FEWEST_STOPS or not goes_on(stops):
             continue
-        ranks, seconds = len(np.unique(own[-recent:].argmax(1))), float(np.median(late[late > 0]))
+        ranks, seconds = len(np.unique(own[-recent:][stops].argmax(1))), float(np.median(late[stops]))
         what = "collects garbage" if kind == "garbage_collection" else "is late between its parts"
         evidence = [
             f"some rank {what} for {seconds:.3g} s while the others wait",
-            f"it is another rank from step to step ({ranks} in {recent} steps)",
+            f"it does so in {stops.sum()} of {recent} steps, on {ranks} ranks",
         ]
         sure = share / LEAST_UNPLANNED[kind]
         yield Finding(cause, "code", [], [], share, sure, evidence, saved=saved, since=len(saved) - recent)
@@ -81,9 +78,11 @@ def unplanned_stops(window: Window) -> Iterator[Finding]:
 def regression(window: Window) -> Iterator[Finding]:
     """All ranks compute longer from one step on, for the same work: the code, or what it runs on, changed."""
     tokens = nan_median(window.table.work["tokens"], axis=1)
-    compute = of_most(window.compute) * (np.median(tokens) / np.maximum(tokens, 1.0) if tokens.min() > 0 else 1.0)
-    shift = find_shift(compute, least=LEAST_RISE)
-    if shift is None or len(compute) - shift.index < AFTER:
+    seconds = window.of_all(window.compute)
+    compute = seconds * (np.median(tokens) / np.maximum(tokens, 1.0) if tokens.min() > 0 else 1.0)
+    shift = find_shift(compute, least=LEAST_RISE, fewest=max(AFTER, window.moment))
+    # Where there is less work than before, a token may take longer and a step not.
+    if shift is None or np.median(seconds[shift.index :]) < LEAST_RISE * np.median(seconds[: shift.index]):
         return
     saved = np.where(np.arange(len(compute)) >= shift.index, shift.after - shift.before, 0.0)
     evidence = [

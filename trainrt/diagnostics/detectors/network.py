@@ -60,7 +60,8 @@ def _groups(window: Window, axis: str) -> Groups:
     seconds = window.accounting.transfer[axis][:, first]
     if not window.valid.all():
         silent = np.stack([np.bincount(group, weights=~heard, minlength=len(first)) for heard in window.valid]) > 0
-        usual = nan_median(np.where(silent, np.nan, seconds), axis=1)
+        known = np.where(silent, np.nan, seconds)
+        usual = np.where(silent.all(1), nan_median(known.reshape(-1), axis=0), nan_median(known, axis=1))
         seconds = np.where(silent, usual[:, None], seconds)
     return Groups(axis, np.nan_to_num(seconds), group)
 
@@ -71,7 +72,10 @@ def _slow_links(window: Window, groups: list[Groups]) -> Iterator[Finding]:
     ends = np.sort(np.stack((links.source, links.target)), axis=0)
     pairs, pair = np.unique(ends, axis=1, return_inverse=True)
     slower, enough = _by_pair(window, pair.reshape(-1), pairs.shape[1])
-    slow = {found.member: found for found in find_slow(slower, enough, least=LEAST_SLOWER, chance=LINK_CHANCE)}
+    slow = {
+        found.member: found
+        for found in find_slow(slower, enough, fewest=FEWEST, least=LEAST_SLOWER, chance=LINK_CHANCE)
+    }
     met = {int(host): np.flatnonzero((pairs == host).any(0)).tolist() for host in np.unique(pairs)}
     for host in sorted(met, key=lambda host: -sum(p in slow for p in met[host])):
         bad = [p for p in met[host] if p in slow]
@@ -144,7 +148,7 @@ def _slow_groups(window: Window, groups: list[Groups]) -> Iterator[Finding]:
         if one.number < FEW_GROUPS:
             continue
         excess = (one.seconds - np.median(one.seconds, 1)[:, None]) / window.scale
-        slow = find_slow(excess, np.ones(one.number, dtype=bool))
+        slow = find_slow(excess, np.ones(one.number, dtype=bool), fewest=window.moment)
         if not slow:
             continue
         is_slow = np.isin(one.group, [found.member for found in slow])
@@ -171,7 +175,7 @@ def _congestion(window: Window, groups: list[Groups]) -> Iterator[Finding]:
     saved, since, sure, said = np.zeros(len(window.seconds)), len(window.seconds), 0.0, []
     for one in groups:
         all_groups = np.median(one.seconds, 1)
-        shift = find_shift(all_groups, least=CONGESTED)
+        shift = find_shift(all_groups, least=CONGESTED, fewest=window.moment)
         if shift is None or (shift.after - shift.before) < LEAST_SHARE * float(np.median(window.seconds)):
             continue
         saved += np.where(np.arange(len(saved)) >= shift.index, shift.after - shift.before, 0.0)

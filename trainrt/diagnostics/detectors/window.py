@@ -31,6 +31,12 @@ FEWEST_TO_FIT = 64
 """Pairs of step and rank that say how work makes time; with fewer, all ranks are taken to do the same."""
 SURE = 6.0
 """Standard errors that a slope is from zero."""
+LENGTHS = (3, 5, 10, 20, 40, 80)
+"""Steps at the end of the window that are looked at together."""
+MOMENT_SECONDS = 2.0
+"""What is over sooner is a host that did something else for a moment, however many short steps that were."""
+MOST_OF_A_MOMENT = 40
+"""Steps of less than 50 ms."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,12 @@ class Window:
         return nan_median(self.table.seconds, axis=1)
 
     @cached_property
+    def moment(self) -> int:
+        """The steps at the end that took MOMENT_SECONDS together: fewer say nothing of what lasts."""
+        reached = np.flatnonzero(np.cumsum(self.seconds[::-1]) >= MOMENT_SECONDS)
+        return min(int(reached[0]) + 1 if len(reached) else len(self.seconds) + 1, MOST_OF_A_MOMENT)
+
+    @cached_property
     def accounting(self) -> Accounting:
         return account(self.table)
 
@@ -97,10 +109,21 @@ class Window:
             block = values[:, where]
             if 1 < len(where) <= FEW_PEERS:
                 for at, rank in enumerate(where):
-                    found[:, rank] = nan_median(np.delete(block, at, axis=1), axis=1)
+                    others = np.delete(block, at, axis=1)
+                    # Where no other was heard there is nothing to compare with.
+                    found[:, rank] = np.where(np.isfinite(others).any(1), nan_median(others, axis=1), block[:, at])
             else:
                 found[:, where] = nan_median(block, axis=1)[:, None]
         return found
+
+    def of_all(self, values: Numbers) -> Numbers:
+        """What all ranks alike take, (S,): the median; of few ranks the lower quartile, which one slow rank does not move."""
+        usual = nan_median(values, axis=1)
+        if values.shape[1] > FEW_PEERS:
+            return usual
+        return np.asarray(
+            np.quantile(np.where(np.isfinite(values), values, usual[:, None]), 0.25, axis=1, method="lower")
+        )
 
     @cached_property
     def slopes(self) -> dict[str, float]:
@@ -108,7 +131,9 @@ class Window:
 
         A robust regression of what compute and work differ from the peers': compute ~ a tokens + b squares + c rows.
         """
-        differ = {name: self.table.work[name] - self.of_peers(self.table.work[name]) for name in self.table.work}
+        kinds = [name for name in self.table.work if name != "rows" or "ep" in self.roles.coordinates]
+        # Without ep each rank has all experts: rows follow its tokens.
+        differ = {name: self.table.work[name] - self.of_peers(self.table.work[name]) for name in kinds}
         known = np.isfinite(self.compute) & np.isfinite(sum(differ.values()))
         target = (self.compute - self.usual)[known]
         names = [name for name, d in differ.items() if np.abs(d[known]).max(initial=0.0) > 0]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from trainrt.diagnostics.detectors.finding import Finding
-from trainrt.diagnostics.detectors.window import Window, nan_median
-from trainrt.diagnostics.detectors.workers import LENGTHS
+from trainrt.diagnostics.detectors.window import LENGTHS, Window, nan_median
 from trainrt.diagnostics.table import Numbers
 
 LEAST_SHARE = 0.01
@@ -26,31 +25,38 @@ CAUSES = {
 
 def uneven_work(window: Window) -> Iterator[Finding]:
     """What differs between peers because their work does: it would go if the same work were spread evenly."""
+    kinds: dict[str, list[str]] = {}
     for name in window.slopes:
-        more = window.more_work(name)
-        uneven = more - more.mean(1, keepdims=True)
-        recent = lasting(uneven.max(1) / window.seconds)
-        if recent is None:
-            continue
-        uneven = np.concatenate((np.zeros_like(uneven[:-recent]), uneven[-recent:]))
-        saved = uneven[-recent:].max(1)
-        share = float(np.median(saved / window.seconds[-recent:]))
-        cause, what = CAUSES[name]
-        always = uneven[-recent:].mean(0)
-        named = np.flatnonzero(always > max(MOST_OF_IT * float(saved.mean()), always.max() / 2)).tolist()
-        most = float(np.median(saved) / window.scale)
-        evidence = [
-            f"compute follows the {what} of a rank: {window.slopes[name]:.3g} s for each",
-            f"the rank with most of it computes {most:.1%} longer than it would with an even share",
-        ]
-        if named:
-            evidence.append(
-                f"it is always the same ones: {', '.join(map(str, named[:8]))}{' ...' if len(named) > 8 else ''}"
-            )
-        yield Finding(
-            cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven,
-            since=len(uneven) - recent,
-        )  # fmt: skip
+        kinds.setdefault(CAUSES[name][0], []).append(name)
+    for cause, names in kinds.items():
+        more = np.sum([window.more_work(name) for name in names], axis=0)
+        found = _uneven(window, more - more.mean(1, keepdims=True), cause, names)
+        if found is not None:
+            yield found
+
+
+def _uneven(window: Window, uneven: Numbers, cause: str, names: Sequence[str]) -> Finding | None:
+    """uneven: seconds beyond an even share, (S, R)."""
+    recent = lasting(uneven.max(1) / window.seconds)
+    if recent is None:
+        return None
+    uneven = np.concatenate((np.zeros_like(uneven[:-recent]), uneven[-recent:]))
+    saved = uneven[-recent:].max(1)
+    share = float(np.median(saved / window.seconds[-recent:]))
+    always = uneven[-recent:].mean(0)
+    named = np.flatnonzero(always > max(MOST_OF_IT * float(saved.mean()), always.max() / 2)).tolist()
+    most = float(np.median(saved) / window.scale)
+    evidence = [
+        *(f"compute follows the {CAUSES[name][1]} of a rank: {window.slopes[name]:.3g} s for each" for name in names),
+        f"the rank with most of it computes {most:.1%} longer than it would with an even share",
+    ]
+    if named:
+        evidence.append(
+            f"it is always the same ones: {', '.join(map(str, named[:8]))}{' ...' if len(named) > 8 else ''}"
+        )
+    return Finding(
+        cause, "workload", named, [], most, share / LEAST_SHARE, evidence, removed=uneven, since=len(uneven) - recent
+    )
 
 
 def lasting(share: Numbers) -> int | None:

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainrt.diagnostics.detectors.finding import Finding
-from trainrt.diagnostics.detectors.window import PARTS_OF, Window, sigma
+from trainrt.diagnostics.detectors.levels import goes_on
+from trainrt.diagnostics.detectors.window import LENGTHS, PARTS_OF, Window, sigma
 from trainrt.diagnostics.table import Indices, Numbers
 
-LENGTHS = (3, 5, 10, 20, 40, 80)
-"""Steps at the end of the window that are looked at together."""
 LASTING = {3: 1.0, 5: 0.8}
 """The share of these steps that must be slow; of longer windows"""
 LASTING_LONG = 0.75
@@ -37,16 +36,18 @@ TREND = 12
 """Steps that a trend takes."""
 SHARED = 0.6
 """Of a host's ranks that must be slow for the host to be the culprit."""
+STOPPED = "everywhere"
 CAUSES = {
     "compute": ("slow_worker", "slow_host"),
     "data": ("slow_data", "slow_data"),
     "garbage_collection": ("garbage_collection", "garbage_collection"),
     "storage": ("slow_storage", "slow_storage"),
     "other": ("launch_skew", "launch_skew"),
+    STOPPED: ("slow_worker", "slow_host"),
 }
 NAMES = {
     "compute": "computes", "data": "waits for data", "garbage_collection": "collects garbage", "storage": "writes snapshots",
-    "other": "is busy between its parts",
+    "other": "is busy between its parts", STOPPED: "stops, wherever it is, for",
 }  # fmt: skip
 
 
@@ -70,15 +71,25 @@ def slow_members(window: Window) -> Iterator[Finding]:
         if not taken[ranks].any():
             taken[ranks] = True
             yield _finding(window, excess, kind, slow, ranks, host=host)
-    for kind, slow in _strongest(excess, window.heard & ~taken):
+    for kind, slow in _strongest(excess, window.heard & ~taken, window.moment):
+        taken[slow.member] = True
         yield _finding(window, excess, kind, slow, np.array([slow.member]), host=None)
+    yield from _stopped(window, excess, window.heard & ~taken)
 
 
-def _strongest(excess: dict[str, Numbers], among: np.ndarray) -> list[tuple[str, Slow]]:
+def _stopped(window: Window, excess: dict[str, Numbers], among: np.ndarray) -> Iterator[Finding]:
+    """Ranks that are stopped now and then, wherever they are: in no part often enough, in all parts together."""
+    everywhere = {STOPPED: np.sum(list(excess.values()), axis=0)}
+    for slow in find_slow(everywhere[STOPPED], among, fewest=window.moment):
+        if slow.how == "bursts":
+            yield _finding(window, everywhere, STOPPED, slow, np.array([slow.member]), host=None)
+
+
+def _strongest(excess: dict[str, Numbers], among: np.ndarray, fewest: int) -> list[tuple[str, Slow]]:
     """For each member that is slow, the part in which it is slowest."""
     best: dict[int, tuple[str, Slow]] = {}
     for kind, values in excess.items():
-        for slow in find_slow(values, among):
+        for slow in find_slow(values, among, fewest=fewest):
             known = best.get(slow.member)
             if known is None or slow.effect > known[1].effect:
                 best[slow.member] = kind, slow
@@ -96,7 +107,7 @@ def _slow_hosts(window: Window, excess: dict[str, Numbers]) -> list[tuple[int, s
         for kind, values in excess.items()
     }
     found = []
-    for kind, slow in _strongest(by_host, np.array([len(ranks) > 1 for ranks in hosts])):
+    for kind, slow in _strongest(by_host, np.array([len(ranks) > 1 for ranks in hosts]), window.moment):
         typical = np.median if slow.how == "lasting" else np.mean
         recent = typical(excess[kind][-slow.length :, hosts[slow.member]], axis=0)
         if np.mean(recent > slow.effect / 2) >= SHARED:
@@ -104,11 +115,13 @@ def _slow_hosts(window: Window, excess: dict[str, Numbers]) -> list[tuple[int, s
     return found
 
 
-def find_slow(excess: Numbers, among: np.ndarray, *, least: float = LEAST, chance: float = CHANCE) -> list[Slow]:
+def find_slow(
+    excess: Numbers, among: np.ndarray, *, fewest: int, least: float = LEAST, chance: float = CHANCE
+) -> list[Slow]:
     """Members whose excess (S, N) is `least` or more, lies beyond the others' and lasts, or comes in bursts.
 
-    excess: in shares of the usual compute, or whatever `least` is in. chance: that bursts are nobody's. Of several windows that
-    which says it most surely.
+    excess: in shares of the usual compute, or whatever `least` is in. fewest: steps that it must last. chance: that bursts are
+    nobody's. Of several windows that which says it most surely.
     """
     steps = len(excess)
     if not among.any():
@@ -116,13 +129,11 @@ def find_slow(excess: Numbers, among: np.ndarray, *, least: float = LEAST, chanc
     centred = excess[:, among] - np.median(excess[:, among], axis=0)
     varies = max(sigma(centred), 1e-4) * (1 + 4 / centred.size)
     found: dict[int, Slow] = {}
-    for length in LENGTHS:
-        if length > steps:
-            break
+    for length in (length for length in LENGTHS if fewest <= length <= steps):
         for slow in _lasting(excess[-length:], among, varies, least):
             if slow.member not in found or slow.score > found[slow.member].score:
                 found[slow.member] = slow
-    for slow in _bursts(excess, among, varies, least, chance):
+    for slow in _bursts(excess, among, varies, least, chance, fewest):
         found.setdefault(slow.member, slow)
     return list(found.values())
 
@@ -139,8 +150,10 @@ def _lasting(recent: Numbers, among: np.ndarray, varies: float, least: float) ->
         yield Slow(int(member), float(middle[member]), float(score[member] / SCORE), length, "lasting")
 
 
-def _bursts(excess: Numbers, among: np.ndarray, varies: float, least: float, limit: float) -> Iterator[Slow]:
-    """Members that are slow in single steps far more often than others are."""
+def _bursts(
+    excess: Numbers, among: np.ndarray, varies: float, least: float, limit: float, fewest: int
+) -> Iterator[Slow]:
+    """Members that are slow in single steps far more often than others are, and have not ceased to be."""
     from scipy.stats import binom
 
     steps = len(excess)
@@ -151,7 +164,7 @@ def _bursts(excess: Numbers, among: np.ndarray, varies: float, least: float, lim
         others = (burst[:, among].sum() - count[member] + 1) / (steps * max(among.sum() - 1, 1) + 1)
         chance = float(binom.sf(count[member] - 1, steps, min(others, 1.0))) * int(among.sum())
         effect = float(np.maximum(excess[:, member], 0.0).mean())
-        if chance < limit and effect > least / 3:
+        if chance < limit and effect > least / 3 and goes_on(burst[:, member], fewest=fewest):
             yield Slow(int(member), effect, np.log(max(chance, 1e-300)) / np.log(limit), steps, "bursts")
 
 
@@ -163,7 +176,7 @@ def _finding(
     all_kinds = np.sum([np.maximum(part[:, ranks], 0.0) for part in excess.values()], axis=0)
     cause, kind_of_culprit = CAUSES[kind][host is not None], "host" if host is not None else "rank"
     how = f"{slow.effect:+.1%} of the usual compute"
-    drifting = kind == "compute" and slow.how == "lasting" and is_drift(values)
+    drifting = kind == "compute" and slow.how == "lasting" and is_drift(np.maximum(values, 0.0))
     if drifting:
         cause = "drift"
     who = f"host {roles.hosts[host]}" if host is not None else f"rank {ranks[0]} on {roles.hosts[roles.host[ranks[0]]]}"
