@@ -56,9 +56,7 @@ def goes_on(late: NDArray[np.bool_], *, fewest: int = 1) -> bool:
     at = np.flatnonzero(late)
     if not len(at) or at[-1] - at[0] + 1 < fewest:
         return False
-    # As often as until half of them had come; what is one of few later on changes nothing about that.
-    half = len(at) // 2
-    usual = (half + 1) / (at[half] - at[0] + 2)
+    usual = len(at) / (at[-1] - at[0] + 2)
     since = late[at[0] :][::-1]
     return bool(binom.cdf(np.cumsum(since), np.arange(len(since)) + 1, usual).min() > CEASED)
 

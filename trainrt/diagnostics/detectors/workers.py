@@ -36,7 +36,7 @@ TREND = 12
 """Steps that a trend takes."""
 SHARED = 0.6
 """Of a host's ranks that must be slow for the host to be the culprit."""
-STOPPED = "everywhere"
+STOPPED, MOST_OF_IT = "everywhere", 0.75
 CAUSES = {
     "compute": ("slow_worker", "slow_host"),
     "data": ("slow_data", "slow_data"),
@@ -79,10 +79,17 @@ def slow_members(window: Window) -> Iterator[Finding]:
 
 def _stopped(window: Window, excess: dict[str, Numbers], among: np.ndarray) -> Iterator[Finding]:
     """Ranks that are stopped now and then, wherever they are: in no part often enough, in all parts together."""
-    everywhere = {STOPPED: np.sum(list(excess.values()), axis=0)}
-    for slow in find_slow(everywhere[STOPPED], among, fewest=window.moment):
-        if slow.how == "bursts":
-            yield _finding(window, everywhere, STOPPED, slow, np.array([slow.member]), host=None)
+    everywhere = np.sum(list(excess.values()), axis=0)
+    for slow in find_slow(everywhere, among, fewest=window.moment):
+        if slow.how != "bursts":
+            continue
+        late = everywhere[:, slow.member] > slow.effect
+        of_kind = {kind: float(np.maximum(values[late, slow.member], 0.0).sum()) for kind, values in excess.items()}
+        most = max(of_kind, key=lambda kind: of_kind[kind])
+        kinds = excess
+        if of_kind[most] < MOST_OF_IT * sum(of_kind.values()):
+            most, kinds = STOPPED, {STOPPED: everywhere}
+        yield _finding(window, kinds, most, slow, np.array([slow.member]), host=None)
 
 
 def _strongest(excess: dict[str, Numbers], among: np.ndarray, fewest: int) -> list[tuple[str, Slow]]:
