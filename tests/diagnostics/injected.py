@@ -147,11 +147,11 @@ class Injected(Run):
         """The verdicts of diagnosis.json."""
         return self.document("diagnosis").get("verdicts", [])
 
-    def verdict(self, cause: str) -> dict[str, Any]:
+    def verdict(self, cause: str, as_wanted: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
         """The verdict of this cause in diagnosis.json, waited for."""
 
         def found() -> dict[str, Any] | None:
-            return next((verdict for verdict in self.said if verdict["cause"] == cause), None)
+            return next((verdict for verdict in self.said if verdict["cause"] == cause and as_wanted(verdict)), None)
 
         verdict: dict[str, Any] = self.until(found, f"a verdict {cause}; {json.dumps(self.document('diagnosis'))}")
         return verdict
