@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.diagnostics.injected import Injected, pulses
+from tests.launch.runs import PATIENCE_SECONDS
 
 MODEL = {
     "layers": 1, "hidden_size": 128, "heads": 2, "kv_heads": 1, "intermediate_size": 256, "max_position": 1024,
@@ -47,18 +48,19 @@ def named(verdict: dict[str, Any]) -> list[tuple[int | None, str | None]]:
     return [(culprit["rank"], culprit["host"]) for culprit in verdict["culprits"]]
 
 
-def expect(run: Injected, cause: str, *ranks: int, action: str) -> None:
-    """The driver says so, `trainrt diagnose` says so, and no host is to be evicted but these ranks'."""
-    since, hosts = run.step, {rank: host for host, rank in run.pids("worker")}
+def expect(run: Injected, cause: str, *ranks: int, action: str, since: int | None = None) -> None:
+    """The driver says so, `trainrt diagnose` says so, and no host is to be evicted but these ranks'. since: the fault's step."""
+    since = run.step if since is None else since
+    hosts = {rank: host for host, rank in run.pids("worker")}
     wanted = [(rank, hosts[rank]) for rank in ranks]
     verdict = run.verdict(cause, lambda verdict: named(verdict) == wanted and verdict["action"] == action)
     steps = run.document("diagnosis")["last_step"] - since
     print(f"\n{cause} {wanted} after {steps} steps: {verdict['sentence']} Confidence {verdict['confidence']}.")
     status, found = run.diagnose()
     assert (status, found["state"]) == (0, "straggling")
-    assert (named(verdict), verdict["action"]) in [
-        (named(v), v["action"]) for v in found["verdicts"] if v["cause"] == cause
-    ]
+    # Over its longer window what became slower step by step may be slow all along.
+    same = {cause, "slow_worker"} if cause == "drift" else {cause}
+    assert (named(verdict), action) in [(named(v), v["action"]) for v in found["verdicts"] if v["cause"] in same]
     blamed = {host for v in found["verdicts"] if v["cause"] in OF_HARDWARE for _, host in named(v)}
     assert blamed <= {host for _, host in wanted}, found["verdicts"]
 
@@ -67,9 +69,9 @@ def causes(run: Injected) -> set[str]:
     return {verdict["cause"] for verdict in run.said}
 
 
-def over(run: Injected, cause: str) -> None:
+def over(run: Injected, *said: str) -> None:
     """What was said is no longer said, now that the fault has gone."""
-    run.until(lambda: cause not in causes(run), f"no {cause} any more: {run.said}")
+    run.until(lambda: not causes(run) & set(said), f"no {' nor '.join(said)} any more: {run.said}")
 
 
 def quiet(run: Injected, steps: int) -> None:
@@ -86,7 +88,7 @@ def quiet(run: Injected, steps: int) -> None:
 
 def test_a_run_that_is_well_is_healthy(run: Injected) -> None:
     quiet(run, 30)
-    run.until(lambda: run.document("diagnosis")["state"] == "healthy", f"healthy: {run.said}")
+    run.until(lambda: run.document("diagnosis").get("state") == "healthy", "healthy")
     assert run.diagnose()[0] == 0
 
 
@@ -121,9 +123,11 @@ def test_a_busy_rank(run: Injected) -> None:
 @pytest.mark.campaign
 def test_a_process_that_is_stopped_again_and_again(run: Injected) -> None:
     """Wherever it is at that moment, so that no part of its steps shows it alone."""
-    until = run.step + 70
-    pulses(run.workers[1], stopped=0.2, running=0.2, until=lambda: run.step >= until or "slow_worker" in causes(run))
-    expect(run, "slow_worker", 1, action="evict")
+    since = run.step
+    pulses(
+        run.workers[1], stopped=0.2, running=0.2, until=lambda: run.step >= since + 70 or "slow_worker" in causes(run)
+    )
+    expect(run, "slow_worker", 1, action="evict", since=since)
     over(run, "slow_worker")
 
 
@@ -136,12 +140,12 @@ def test_loaders_that_are_late_on_all_ranks(run: Injected) -> None:
 
 @pytest.mark.campaign
 def test_garbage_that_ranks_collect_out_of_turn(run: Injected) -> None:
-    until = run.step + 45
-    while run.step < until:
+    since = run.step
+    while run.step < since + 45 and "garbage_collection" not in causes(run):
         order = run.order("collect_once", run.workers[random.randrange(2)], 0.3)
         run.until(lambda order=order: not order.exists(), "a collection")
         run.until_step(run.step + 2)
-    expect(run, "garbage_collection", action="plan_gc")
+    expect(run, "garbage_collection", action="plan_gc", since=since)
     over(run, "garbage_collection")
 
 
@@ -173,9 +177,8 @@ def test_a_slow_rank_is_told_from_uneven_sequences(run: Injected) -> None:
 @pytest.mark.campaign
 def test_a_rank_that_becomes_slower_and_slower(run: Injected) -> None:
     with run.ordered("drift", 0.01, 1):
-        run.until(lambda: {"drift", "slow_worker"} & causes(run), "a drift")
         expect(run, "drift", 1, action="evict")
-    over(run, "drift")
+    over(run, "drift", "slow_worker")
 
 
 @pytest.mark.campaign
@@ -275,7 +278,10 @@ def test_a_dead_run_is_diagnosed_as_it_was(tmp_path: Path) -> None:
 def test_few_steps_are_not_enough(tmp_path: Path) -> None:
     run = Injected.of(tmp_path, run={"steps": 4})
     run.launch()
-    assert run.wait() == 0
+    try:
+        assert run.wait(seconds=2 * PATIENCE_SECONDS) == 0
+    finally:
+        run.end()
     status, found = run.diagnose()
     assert (status, found["state"], found["verdicts"]) == (0, "unknown", [])
 

@@ -19,7 +19,7 @@ from tests.launches import alive, finish, launched, pids, wait_for, wait_step, w
 from tests.reference import validate
 from trainrt.checkpoint.inspect import verify
 from trainrt.config import JobConfig
-from trainrt.diagnostics.page.reader import RunReader
+from trainrt.diagnostics.telemetry import Summaries
 from trainrt.run_dir import RunDir, read_lines
 
 ONE_NODE = {"nodes": 1, "workers_per_node": 2}
@@ -80,10 +80,10 @@ def test_a_run_ends_with_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) 
     for path in sorted(run_dir.events.glob("rank-*.jsonl")):
         for text in path.read_text().splitlines():
             validate("events", json.loads(text))
-    reader = RunReader(run_dir)
-    reader.refresh()
-    table, seats = reader.table(), read_lines(run_dir.seats)
-    assert table is not None and list(table.steps) == list(range(1, 61)) and not np.isnan(table.seconds).any()
+    summaries = Summaries(run_dir)
+    summaries.refresh()
+    table, seats = summaries.table(100), read_lines(run_dir.seats)
+    assert list(table.steps) == list(range(1, 61)) and not np.isnan(table.seconds).any()
     for line in seats:
         validate("seats", line)
     for line in read_lines(run_dir.links):

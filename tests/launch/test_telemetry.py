@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tests.reference import validate
-from trainrt.diagnostics.page.reader import RunReader
 from trainrt.diagnostics.table import SUMMARY
+from trainrt.diagnostics.telemetry import Summaries, read_seats
 from trainrt.launch.links import LinkReports
 from trainrt.launch.telemetry import Telemetry
 from trainrt.run_dir import RunDir, read_lines
@@ -37,7 +37,7 @@ def test_a_driver_goes_on_behind_the_record_that_another_left_torn(tmp_path: Pat
         first.summary(text(1, rank))
     assert len(text(1, 0)) < 200, "what a rank sends of a step is small"
     first.flush()
-    reader = RunReader(run_dir)
+    reader = Summaries(run_dir)
     assert reader.refresh() and not reader.refresh()
     with run_dir.summaries.open("ab") as file:
         file.write(b"\x01" * 50)
@@ -47,15 +47,15 @@ def test_a_driver_goes_on_behind_the_record_that_another_left_torn(tmp_path: Pat
         second.summary(text(2, rank))
     second.flush()
     reader.refresh()
-    table = reader.table()
-    assert table is not None and table.seconds.tolist() == [[1, 2], [2, 3]]
+    table = reader.table(5)
+    assert table.seconds.tolist() == [[1, 2], [2, 3]]
     assert run_dir.summaries.stat().st_size == 4 * SUMMARY.itemsize
 
 
 def test_the_last_incarnation_has_its_own_seats(tmp_path: Path) -> None:
     run_dir, telemetry = made(tmp_path)
-    reader = RunReader(run_dir)
-    assert reader.table() is None
+    reader = Summaries(run_dir)
+    assert reader.table(5).roles.ranks == 0
     telemetry.seats(incarnation=1, mesh=MESH, nodes={0: "n0", 1: "n1"}, first_step=1)
     telemetry.summary(text(1, 1))
     telemetry.seats(incarnation=2, mesh={**MESH, "fsdp": 1}, nodes={0: "n1"}, first_step=1)
@@ -64,10 +64,9 @@ def test_the_last_incarnation_has_its_own_seats(tmp_path: Path) -> None:
     for line in read_lines(run_dir.seats):
         validate("seats", line)
     reader.refresh()
-    now, before = reader.table(), reader.table(1)
-    assert now is not None and (now.roles.ranks, now.roles.hosts) == (1, ("n1",))
-    assert before is not None and before.roles.coordinates["fsdp"].tolist() == [0, 1]
-    assert np.isnan(before.seconds[0, 0]) and before.seconds[0, 1] == 2
+    now, (before, _) = reader.table(5), read_seats(run_dir)
+    assert (now.roles.ranks, now.roles.hosts, now.seconds.tolist()) == (1, ("n1",), [[1]])
+    assert before.roles.coordinates["fsdp"].tolist() == [0, 1]
 
 
 def test_summaries_wait_no_longer_than_half_a_second(tmp_path: Path) -> None:
