@@ -166,17 +166,23 @@ def _slow_groups(window: Window, groups: list[Groups]) -> Iterator[Finding]:
         return
 
 
+def _links_agree(window: Window, index: int) -> bool:
+    """Whether a byte takes longer since a step, as far as stores measured it: they tell of every tenth step or so."""
+    each = _of_bytes(window, np.zeros(len(window.table.links.step), dtype=np.int64), 1)[:, 0]
+    known = np.isfinite(each)
+    before, after = each[:index][known[:index]], each[index:][known[index:]]
+    return not len(before) or not len(after) or bool(np.median(after) - np.median(before) > np.log(CONGESTED))
+
+
 def _congestion(window: Window, groups: list[Groups]) -> Iterator[Finding]:
     """All groups of an axis became slower at once: nobody is the culprit. Where links are known, they say so, too."""
-    if len(window.table.links.step):
-        each = np.exp(_of_bytes(window, np.zeros(len(window.table.links.step), dtype=np.int64), 1)[:, 0])
-        if not np.isfinite(each).all() or find_shift(each / each.min(), least=CONGESTED) is None:
-            return
     saved, since, sure, said = np.zeros(len(window.seconds)), len(window.seconds), 0.0, []
     for one in groups:
         all_groups = np.median(one.seconds, 1)
         shift = find_shift(all_groups, least=CONGESTED, fewest=window.moment)
         if shift is None or (shift.after - shift.before) < LEAST_SHARE * float(np.median(window.seconds)):
+            continue
+        if not _links_agree(window, shift.index):
             continue
         saved += np.where(np.arange(len(saved)) >= shift.index, shift.after - shift.before, 0.0)
         since, sure = min(since, shift.index), max(sure, shift.sure)
