@@ -35,6 +35,8 @@ LENGTHS = (3, 5, 10, 20, 40, 80)
 """Steps at the end of the window that are looked at together."""
 MOMENT_SECONDS = 2.0
 """What is over sooner is a host that did something else for a moment, however many short steps that were."""
+STOP_SECONDS = 0.05
+"""Single stops that are shorter are what schedulers and polls do anyway."""
 MOST_OF_A_MOMENT = 40
 """Steps of less than 50 ms."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from trainrt.diagnostics.detectors.finding import Finding
 from trainrt.diagnostics.detectors.levels import goes_on
-from trainrt.diagnostics.detectors.window import LENGTHS, PARTS_OF, Window, sigma
+from trainrt.diagnostics.detectors.window import LENGTHS, PARTS_OF, STOP_SECONDS, Window, sigma
 from trainrt.diagnostics.table import Indices, Numbers
 
 LASTING = {3: 1.0, 5: 0.8}
@@ -71,7 +71,7 @@ def slow_members(window: Window) -> Iterator[Finding]:
         if not taken[ranks].any():
             taken[ranks] = True
             yield _finding(window, excess, kind, slow, ranks, host=host)
-    for kind, slow in _strongest(excess, window.heard & ~taken, window.moment):
+    for kind, slow in _strongest(window, excess, window.heard & ~taken):
         taken[slow.member] = True
         yield _finding(window, excess, kind, slow, np.array([slow.member]), host=None)
     yield from _stopped(window, excess, window.heard & ~taken)
@@ -80,7 +80,7 @@ def slow_members(window: Window) -> Iterator[Finding]:
 def _stopped(window: Window, excess: dict[str, Numbers], among: np.ndarray) -> Iterator[Finding]:
     """Ranks that are stopped now and then, wherever they are: in no part often enough, in all parts together."""
     everywhere = np.sum(list(excess.values()), axis=0)
-    for slow in find_slow(everywhere, among, fewest=window.moment):
+    for slow in find_slow(everywhere, among, fewest=window.moment, stop=STOP_SECONDS / window.scale):
         if slow.how != "bursts":
             continue
         late = everywhere[:, slow.member] > slow.effect
@@ -92,11 +92,11 @@ def _stopped(window: Window, excess: dict[str, Numbers], among: np.ndarray) -> I
         yield _finding(window, kinds, most, slow, np.array([slow.member]), host=None)
 
 
-def _strongest(excess: dict[str, Numbers], among: np.ndarray, fewest: int) -> list[tuple[str, Slow]]:
+def _strongest(window: Window, excess: dict[str, Numbers], among: np.ndarray) -> list[tuple[str, Slow]]:
     """For each member that is slow, the part in which it is slowest."""
     best: dict[int, tuple[str, Slow]] = {}
     for kind, values in excess.items():
-        for slow in find_slow(values, among, fewest=fewest):
+        for slow in find_slow(values, among, fewest=window.moment, stop=STOP_SECONDS / window.scale):
             known = best.get(slow.member)
             if known is None or slow.effect > known[1].effect:
                 best[slow.member] = kind, slow
@@ -114,7 +114,7 @@ def _slow_hosts(window: Window, excess: dict[str, Numbers]) -> list[tuple[int, s
         for kind, values in excess.items()
     }
     found = []
-    for kind, slow in _strongest(by_host, np.array([len(ranks) > 1 for ranks in hosts]), window.moment):
+    for kind, slow in _strongest(window, by_host, np.array([len(ranks) > 1 for ranks in hosts])):
         typical = np.median if slow.how == "lasting" else np.mean
         recent = typical(excess[kind][-slow.length :, hosts[slow.member]], axis=0)
         if np.mean(recent > slow.effect / 2) >= SHARED:
@@ -123,12 +123,12 @@ def _slow_hosts(window: Window, excess: dict[str, Numbers]) -> list[tuple[int, s
 
 
 def find_slow(
-    excess: Numbers, among: np.ndarray, *, fewest: int, least: float = LEAST, chance: float = CHANCE
+    excess: Numbers, among: np.ndarray, *, fewest: int, least: float = LEAST, chance: float = CHANCE, stop: float = 0.0
 ) -> list[Slow]:
     """Members whose excess (S, N) is `least` or more, lies beyond the others' and lasts, or comes in bursts.
 
     excess: in shares of the usual compute, or whatever `least` is in. fewest: steps that it must last. chance: that bursts are
-    nobody's. Of several windows that which says it most surely.
+    nobody's; stop: the shortest one. Of several windows that which says it most surely.
     """
     steps = len(excess)
     if not among.any():
@@ -140,7 +140,7 @@ def find_slow(
         for slow in _lasting(excess[-length:], among, varies, least):
             if slow.member not in found or slow.score > found[slow.member].score:
                 found[slow.member] = slow
-    for slow in _bursts(excess, among, varies, least, chance, fewest):
+    for slow in _bursts(excess, among, max(BURST * varies, LEAST_BURST * least / LEAST, stop), least, chance, fewest):
         found.setdefault(slow.member, slow)
     return list(found.values())
 
@@ -157,14 +157,12 @@ def _lasting(recent: Numbers, among: np.ndarray, varies: float, least: float) ->
         yield Slow(int(member), float(middle[member]), float(score[member] / SCORE), length, "lasting")
 
 
-def _bursts(
-    excess: Numbers, among: np.ndarray, varies: float, least: float, limit: float, fewest: int
-) -> Iterator[Slow]:
+def _bursts(excess: Numbers, among: np.ndarray, long: float, least: float, limit: float, fewest: int) -> Iterator[Slow]:
     """Members that are slow in single steps far more often than others are, and have not ceased to be."""
     from scipy.stats import binom
 
     steps = len(excess)
-    burst = excess > max(BURST * varies, LEAST_BURST * least / LEAST)
+    burst = excess > long
     count = burst.sum(0)
     often = np.flatnonzero(among & (count >= FEWEST_BURSTS))
     for member in often:
