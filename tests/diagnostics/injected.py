@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -163,10 +164,21 @@ class Injected(Run):
         return done.returncode, json.loads(done.stdout or "{}")
 
 
-def pulses(pid: int, *, stopped: float, running: float, until: Callable[[], bool]) -> None:
+@contextmanager
+def pulses(pid: int, *, stopped: float, running: float) -> Iterator[None]:
     """Stop a process from outside again and again, as a quota of the CPU does."""
-    while not until():
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(stopped)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(running)
+    over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not over.wait(running):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(stopped)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

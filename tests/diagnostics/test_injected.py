@@ -124,10 +124,9 @@ def test_a_busy_rank(run: Injected) -> None:
 def test_a_process_that_is_stopped_again_and_again(run: Injected) -> None:
     """Wherever it is at that moment, so that no part of its steps shows it alone."""
     since = run.step
-    pulses(
-        run.workers[1], stopped=0.2, running=0.2, until=lambda: run.step >= since + 70 or "slow_worker" in causes(run)
-    )
-    expect(run, "slow_worker", 1, action="evict", since=since)
+    with pulses(run.workers[1], stopped=0.2, running=0.2):
+        run.until_step(since + 110)
+        expect(run, "slow_worker", 1, action="evict", since=since)
     over(run, "slow_worker")
 
 

@@ -15,7 +15,9 @@ LEAST_SHARE = 0.01
 LEAST_STAGE = 0.03
 LASTING = 0.75
 MOST_OF_IT = 0.5
-"""Ranks that have so much of what is too much in the mean over steps are named."""
+"""Ranks that have so much of what is too much in the mean over steps are named, surely:"""
+CHANCE = 3.0
+"""standard errors of that mean."""
 CAUSES = {
     "tokens": ("sequence_imbalance", "tokens"),
     "squares": ("sequence_imbalance", "squared sequence lengths"),
@@ -44,7 +46,9 @@ def _uneven(window: Window, uneven: Numbers, cause: str, names: Sequence[str]) -
     saved = uneven[-recent:].max(1)
     share = float(np.median(saved / window.seconds[-recent:]))
     always = uneven[-recent:].mean(0)
-    named = np.flatnonzero(always > max(MOST_OF_IT * float(saved.mean()), always.max() / 2)).tolist()
+    by_chance = CHANCE * uneven[-recent:].std(0) / np.sqrt(recent)
+    much = (always - by_chance > MOST_OF_IT * float(saved.mean())) & (always > always.max() / 2)
+    named = np.flatnonzero(much).tolist()
     most = float(np.median(saved) / window.scale)
     evidence = [
         *(f"compute follows the {CAUSES[name][1]} of a rank: {window.slopes[name]:.3g} s for each" for name in names),
