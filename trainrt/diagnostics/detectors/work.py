@@ -15,9 +15,9 @@ LEAST_SHARE = 0.01
 LEAST_STAGE = 0.03
 LASTING = 0.75
 MOST_OF_IT = 0.5
-"""Ranks that have so much of what is too much in the mean over steps are named, surely:"""
+"""Ranks that have so much of what is too much in the mean over steps are named."""
 CHANCE = 3.0
-"""standard errors of that mean."""
+"""Standard errors of that mean: what is drawn at random is not always the same ranks'."""
 CAUSES = {
     "tokens": ("sequence_imbalance", "tokens"),
     "squares": ("sequence_imbalance", "squared sequence lengths"),
