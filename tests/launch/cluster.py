@@ -11,7 +11,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.launch.hosts import Hosts
+import pytest
+
+from tests.launch.hosts import Hosts, can_make_hosts
 from tests.launch.runs import alive, environment
 from trainrt.launch.cluster import free_port
 from trainrt.launch.guard import descendants
@@ -78,11 +80,24 @@ class RayCluster:
         """The cluster with so many nodes, and its end."""
         for _ in range(nodes):
             self.add()
+        before = os.environ.get("RAY_AUTH_MODE")
         os.environ["RAY_AUTH_MODE"] = "disabled"
         try:
             yield self
         finally:
-            del os.environ["RAY_AUTH_MODE"]
+            # Another cluster of the test may still be running.
+            if before is None:
+                del os.environ["RAY_AUTH_MODE"]
             for node in self.nodes:
                 self.kill(node)
             subprocess.run(["rm", "-rf", str(self.short)], check=True)
+
+
+@contextmanager
+def cluster_of_hosts(folder: Path, *, nodes: int, shared_memory: str = "") -> Iterator[tuple[Hosts, RayCluster]]:
+    """Nodes on hosts with links of their own; skips where there can be none."""
+    if not can_make_hosts():
+        pytest.skip("network namespaces need root")
+    with Hosts() as hosts, RayCluster(folder, hosts=hosts, shared_memory=shared_memory).running(nodes=nodes) as cluster:
+        yield hosts, cluster
+    assert hosts.left() == []

@@ -7,8 +7,11 @@ import shutil
 import signal
 import subprocess
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
+NUMBERS = count()
+"""Of the bridges of this process: there may be several at a time."""
 NOWHERE = "02:00:00:00:00:99"
 """A hardware address that nobody has: what is sent there is lost without a word."""
 
@@ -28,8 +31,9 @@ class Hosts:
     """A bridge, whose first address is this machine's, and hosts 1, 2, ... behind it."""
 
     def __init__(self) -> None:
-        self._bridge = f"tb{os.getpid()}"
-        self._net = f"10.{77 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
+        number = next(NUMBERS)
+        self._bridge = f"tb{os.getpid()}{chr(ord('a') + number % 26)}"
+        self._net = f"10.{77 + os.getpid() % 100}.{(os.getpid() // 100 + number) % 250}"
         self._count = 0
 
     @property
