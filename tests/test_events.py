@@ -113,7 +113,7 @@ def test_parts_and_collectives_add_up_to_the_step(name: str, runs: Any) -> None:
             total = sum(float(line[part]) for part in (*PARTS, *AXES))
             assert total == pytest.approx(float(line["seconds"]), rel=1e-3)
             assert float(line["seconds"]) == pytest.approx(seconds, rel=0.02)
-            assert line["other"] < 0.25 * line["seconds"]
+            assert line["other"] < 0.6 * line["seconds"], "most of a step is told apart"
             assert all(line[group] > 0 for group in GROUPS[name]) and line["forward"] > 0 and line["backward"] > 0
             assert line["bytes"] == sum(event[5] for event in events if event[1] == "collective") > 0
             # Two rounds or four of two sequences of 16 tokens, in two layers, to two experts each; over ep they meet elsewhere.
