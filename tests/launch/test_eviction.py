@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.diagnostics.injected import Injected
-from tests.launch.runs import environment
+from tests.launch.runs import alive, environment
 from trainrt.diagnostics.verdict import Culprit, Diagnosis, Verdict
 from trainrt.launch.eviction import PAUSE_SECONDS, Eviction, Evictions
 from trainrt.run_dir import RunDir
@@ -109,6 +109,7 @@ def test_a_slow_host_is_replaced_by_a_spare_one_and_then_another_leaves_by_reque
     run.launch()
     try:
         run.until_step(20)
+        stores = set(run.pids("store").values())
         assert not run.lines("incidents"), "negative control: nobody is evicted from a run that is well"
         run.order("compute", run.pids("worker")["n1", 1], 0.3)
         incident = run.incident(0)
@@ -126,4 +127,4 @@ def test_a_slow_host_is_replaced_by_a_spare_one_and_then_another_leaves_by_reque
         assert len(run.lines("incidents")) == 2 and set(run.pids("worker")) == {("n2", 0)}
     finally:
         run.end()
-    assert run.leftovers() == []
+    assert run.leftovers() == [] and not any(alive(pid) for pid in stores), "stores of hosts that left end, too"

@@ -99,7 +99,7 @@ class Stores:
         if active_only:
             addresses = {node: store["address"] for node, store in self._active.items()}
         answers = self._ask(addresses, lambda admin: admin.status())
-        for node in set(self._retired) - set(answers):
+        for node in set(self._retired) & set(addresses) - set(answers):
             del self._retired[node]
         return take_inventory(self._believed(answer) for answer in answers.values())
 
